@@ -1,0 +1,1 @@
+"""Data: loading and naming columns, prompts, labels, the embedded corpus."""

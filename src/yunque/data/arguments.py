@@ -1,0 +1,158 @@
+"""Which data a recipe reads and how: the argument groups, importable without torch, transformers or datasets."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from yunque.errors import InputError
+
+TEXT_FIELD = "{text}"
+
+
+@dataclass
+class SourceArguments:
+    """Where the rows come from and which of them are used.
+
+    Raises:
+        InputError: a split name that is a slice, two equal splits, a share outside (0, 1), a limit below 1.
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, folder with train/validation (or dev)/test files, or one file: .jsonl, .json, .csv, or .gz"
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set"})
+    train_split: str = field(default="train", metadata={"help": "Split to train on; one file is the split `train`"})
+    test_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out split; by default `test`, else `validation` or `dev`, else `test_size` of the train split"
+        },
+    )
+    test_size: float = field(
+        default=0.1, metadata={"help": "Share of the train split held out (by the seed) where there is no test split"}
+    )
+    group_column: str | None = field(
+        default=None, metadata={"help": "Column whose value puts rows into one group, such as `topic`"}
+    )
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={"help": "Use so many train rows, drawn at random and the same for every seed, before length filters"},
+    )
+    max_test_samples: int | None = field(
+        default=None,
+        metadata={"help": "Use so many test rows, drawn at random and the same for every seed, before length filters"},
+    )
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the data."""
+        for name in ("train_split", "test_split"):
+            split = getattr(self, name)
+            if split is not None and not re.fullmatch(r"[\w.-]+", str(split)):
+                raise InputError(
+                    f"{name}: '{split}' is not the plain name of a split; to use some of its rows set max_train_samples"
+                    " or max_test_samples"
+                )
+        if self.test_split == self.train_split:
+            raise InputError(
+                f"test_split: '{self.test_split}' is also the train_split; name another one, or leave it out"
+                " to hold out test_size of it"
+            )
+        if not isinstance(self.test_size, int | float) or not 0 < self.test_size < 1:
+            raise InputError(f"test_size: {self.test_size} is not a share; give a number between 0 and 1, such as 0.1")
+        _check_limits(self, "max_train_samples", "max_test_samples")
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    """Texts with reference answers, turned into prompts.
+
+    Raises:
+        InputError: a template without ``{text}``, a minimum above its maximum, a limit below 1, and as the base class.
+    """
+
+    text_column: str = field(default="dialogue", metadata={"help": "Column with the text that goes into the prompt"})
+    target_column: str = field(
+        default="summary",
+        metadata={
+            "help": "Column with the reference answer; where it is numbered (summary1, ...) all of them are used"
+        },
+    )
+    prompt_template: str = field(
+        default="Summarize the following conversation.\n\n{text}\n\nSummary:",
+        metadata={"help": "The prompt, with {text} where the text goes"},
+    )
+    min_text_chars: int | None = field(default=None, metadata={"help": "Drop rows whose text has fewer characters"})
+    max_text_chars: int | None = field(default=None, metadata={"help": "Drop rows whose text has more characters"})
+    min_prompt_tokens: int | None = field(default=None, metadata={"help": "Drop rows whose prompt has fewer tokens"})
+    max_prompt_tokens: int | None = field(default=None, metadata={"help": "Drop rows whose prompt has more tokens"})
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Cut the text of a prompt with more tokens than this (default: what the model takes)"},
+    )
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the data."""
+        super().__post_init__()
+        if self.prompt_template.count(TEXT_FIELD) != 1:
+            raise InputError(
+                f"prompt_template: must hold {TEXT_FIELD} once, where the text goes, such as 'Summarize: {TEXT_FIELD}'"
+            )
+        _check_range(self, "min_text_chars", "max_text_chars")
+        _check_range(self, "min_prompt_tokens", "max_prompt_tokens")
+        _check_limits(self, "max_prompt_length")
+
+
+@dataclass
+class LabelledDataArguments(SourceArguments):
+    """Texts with one label each, for a classifier.
+
+    Raises:
+        InputError: fewer than two labels, a label twice, a label without a value, and as the base class.
+    """
+
+    text_column: str = field(default="text", metadata={"help": "Column with the text to classify"})
+    label_column: str = field(default="label", metadata={"help": "Column with the label"})
+    label_names: list[str] = field(
+        default_factory=lambda: ["nothate", "hate"], metadata={"help": "Names of the labels, in the model's order"}
+    )
+    label_values: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What the data says for each of `label_names`, in that order, such as `non-hateful hateful`;"
+            " by default the name itself or its position from 0"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the data."""
+        super().__post_init__()
+        self.label_names = [str(name) for name in self.label_names]  # YAML reads 0 and 1 as numbers
+        if len(self.label_names) < 2 or len(set(self.label_names)) < len(self.label_names):
+            raise InputError(f"label_names: {' '.join(self.label_names)}: give at least two names, each of them once")
+        if self.label_values is None:
+            return
+        self.label_values = [str(value) for value in self.label_values]
+        if len(self.label_values) != len(self.label_names) or len(set(self.label_values)) < len(self.label_values):
+            raise InputError(
+                f"label_values: {' '.join(self.label_values)}: give one value for each label, in the order"
+                f" of label_names ({' '.join(self.label_names)})"
+            )
+
+
+def _check_limits(arguments: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise InputError(f"{name}: {value} is not a limit; give a whole number of at least 1, or leave it out")
+
+
+def _check_range(arguments: Any, minimum: str, maximum: str) -> None:
+    _check_limits(arguments, minimum, maximum)
+    low, high = getattr(arguments, minimum), getattr(arguments, maximum)
+    if low is not None and high is not None and low > high:
+        raise InputError(f"{minimum}: {low} is more than {maximum}={high}, so no row would be left; lower it")

@@ -1,0 +1,1 @@
+"""Runs over many processes: rehearsal on CPU, checkpoints, signals."""

@@ -1,0 +1,56 @@
+"""What a user may do wrong, how it is said, and the exit codes every script and command shares."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+EXIT_CHECK_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving
+
+
+class InputError(ValueError):
+    """Bad configuration, data, model folder or request: one line naming the field and the fix."""
+
+
+class CheckFailed(RuntimeError):
+    """A gate or a check did not pass: the work was done, its result is not acceptable."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and it has saved its state."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether ``error`` means "no space left": torch and safetensors wrap the errno in their own exceptions."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error).lower()
+    return "no space left on device" in text or "os error 28" in text or "pytorchstreamwriter failed writing" in text
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a script's ``main`` and leave with the project's exit codes, printing user errors as one line.
+
+    Exit codes: 0 done, 1 a check failed, 2 bad input or a full disk, 75 stopped by a signal after saving.
+    Only rank 0 prints, since all ranks of a launch meet the same user error.
+    """
+    code = 0
+    try:
+        main()
+    except Exception as error:
+        if isinstance(error, Stopped):
+            code, label = EXIT_TRY_AGAIN, "stopped"
+        elif isinstance(error, CheckFailed):
+            code, label = EXIT_CHECK_FAILED, "failed"
+        elif isinstance(error, InputError) or is_disk_full(error):
+            code, label = EXIT_BAD_INPUT, "error"
+        else:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{label}: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,1 @@
+"""Reports about models: answers before and after training, comparisons, plots."""

@@ -1,0 +1,176 @@
+"""The one place that knows encoder-decoder from decoder-only models: inputs, generation, scored positions.
+
+Shapes: B samples, R positions of the longest response, V vocabulary, D hidden size. Slot t of every ``_BR`` array
+belongs to response token t: its log-probability, and the value of the state before it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yunque.errors import InputError
+
+TokenIds = Sequence[int]
+
+
+@dataclass(frozen=True)
+class ScoringBatch:
+    """Model inputs that score given responses to given queries, with response_BR and its mask_BR (1 = a token)."""
+
+    inputs: dict[str, Tensor]
+    response_BR: Tensor
+    mask_BR: Tensor
+
+
+class ModelAdapter(ABC):
+    """Turns token lists into model inputs and model outputs into per-response-token tensors."""
+
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        self.config = config
+        self.pad_id: int = tokenizer.pad_token_id
+        self.eos_ids: list[int] = _eos_ids(config, tokenizer)
+        self.hidden_size: int = config.get_text_config(decoder=True).hidden_size
+        self.tokenizer_limit: int = tokenizer.model_max_length
+
+    @abstractmethod
+    def generation_inputs(self, queries: Sequence[TokenIds], device: torch.device) -> dict[str, Tensor]:
+        """Pad ``queries`` to inputs of ``generate``: input_ids and attention_mask, both (B, Q)."""
+
+    @abstractmethod
+    def response_start(self, inputs: dict[str, Tensor]) -> int:
+        """Column of ``generate``'s output at which responses begin."""
+
+    @abstractmethod
+    def scoring_batch(
+        self, queries: Sequence[TokenIds], responses: Sequence[TokenIds], device: torch.device
+    ) -> ScoringBatch:
+        """Pad queries and responses to the inputs of one forward pass that scores every response token."""
+
+    @abstractmethod
+    def score(self, model: nn.Module, batch: ScoringBatch) -> tuple[Tensor, Tensor]:
+        """Forward ``batch``: logits (B, R, V) that predict each response token, and the last hidden (B, R, D)."""
+
+    @abstractmethod
+    def join_text(self, query: str, response: str) -> str:
+        """Text of query and response together, as a reward model reads it."""
+
+    @abstractmethod
+    def check_lengths(self, longest_query: int, max_new_tokens: int) -> None:
+        """Raise InputError when responses of ``max_new_tokens`` tokens cannot fit the model."""
+
+
+class EncoderDecoder(ModelAdapter):
+    """T5, BART and kin: the query goes to the encoder, the response to the decoder after its start token."""
+
+    def generation_inputs(self, queries: Sequence[TokenIds], device: torch.device) -> dict[str, Tensor]:
+        """Pad queries on the right, shape (B, Q)."""
+        return _padded_inputs(queries, self.pad_id, device, left=False)
+
+    def response_start(self, inputs: dict[str, Tensor]) -> int:
+        """The output begins with the decoder's start token."""
+        return 1
+
+    def scoring_batch(
+        self, queries: Sequence[TokenIds], responses: Sequence[TokenIds], device: torch.device
+    ) -> ScoringBatch:
+        """Feed start token and response without its last token to the decoder; all tokens are scored."""
+        inputs = self.generation_inputs(queries, device)
+        response_BR, mask_BR = pad(responses, self.pad_id, device)
+        start = torch.full_like(response_BR[:, :1], self.config.decoder_start_token_id)
+        inputs["decoder_input_ids"] = torch.cat([start, response_BR[:, :-1]], dim=1)
+        return ScoringBatch(inputs, response_BR, mask_BR)
+
+    def score(self, model: nn.Module, batch: ScoringBatch) -> tuple[Tensor, Tensor]:
+        """Every decoder position predicts a response token."""
+        output = model(**batch.inputs, output_hidden_states=True, use_cache=False)
+        return output.logits, output.decoder_hidden_states[-1]
+
+    def join_text(self, query: str, response: str) -> str:
+        """Query and response are texts of their own."""
+        return f"{query} {response}"
+
+    def check_lengths(self, longest_query: int, max_new_tokens: int) -> None:
+        """The decoder holds start token and response; relative positions leave only the tokenizer's limit."""
+        _check_limit(self.config, self.tokenizer_limit, max_new_tokens, f"responses of {max_new_tokens} tokens")
+
+
+class DecoderOnly(ModelAdapter):
+    """GPT-2, Llama and kin: query and response are one sequence; queries are padded on the left."""
+
+    def generation_inputs(self, queries: Sequence[TokenIds], device: torch.device) -> dict[str, Tensor]:
+        """Pad queries on the left so that every response begins in the same column, shape (B, Q)."""
+        return _padded_inputs(queries, self.pad_id, device, left=True)
+
+    def response_start(self, inputs: dict[str, Tensor]) -> int:
+        """The output repeats the padded query."""
+        return inputs["input_ids"].shape[1]
+
+    def scoring_batch(
+        self, queries: Sequence[TokenIds], responses: Sequence[TokenIds], device: torch.device
+    ) -> ScoringBatch:
+        """Join left-padded queries and right-padded responses; positions count real tokens only."""
+        inputs = self.generation_inputs(queries, device)
+        response_BR, mask_BR = pad(responses, self.pad_id, device)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], response_BR[:, :-1]], dim=1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask_BR[:, :-1].long()], dim=1)
+        # without explicit positions an absolute-position model (GPT-2) would count the padding too
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        return ScoringBatch(inputs, response_BR, mask_BR)
+
+    def score(self, model: nn.Module, batch: ScoringBatch) -> tuple[Tensor, Tensor]:
+        """The last R columns predict the response; the head runs on them alone."""
+        slots = batch.response_BR.shape[1]
+        output = model(**batch.inputs, output_hidden_states=True, use_cache=False, logits_to_keep=slots)
+        return output.logits, output.hidden_states[-1][:, -slots:]
+
+    def join_text(self, query: str, response: str) -> str:
+        """The response continues the query."""
+        return query + response
+
+    def check_lengths(self, longest_query: int, max_new_tokens: int) -> None:
+        """Query and response share the model's positions."""
+        wanted = f"prompts of up to {longest_query} tokens and responses of {max_new_tokens}"
+        _check_limit(self.config, self.tokenizer_limit, longest_query + max_new_tokens, wanted)
+
+
+def adapter_for(config: Any, tokenizer: Any) -> ModelAdapter:
+    """Choose the adapter of a model by its configuration."""
+    return (EncoderDecoder if config.is_encoder_decoder else DecoderOnly)(config, tokenizer)
+
+
+def pad(rows: Sequence[TokenIds], value: int, device: torch.device, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Pad token lists to one LongTensor (B, longest) and a boolean mask of the same shape."""
+    longest = max((len(row) for row in rows), default=0)
+    padded = torch.full((len(rows), longest), value, dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        span = slice(longest - len(row), longest) if left else slice(0, len(row))
+        padded[index, span] = torch.as_tensor(row, dtype=torch.long)
+        mask[index, span] = True
+    return padded.to(device), mask.to(device)
+
+
+def _padded_inputs(queries: Sequence[TokenIds], pad_id: int, device: torch.device, *, left: bool) -> dict[str, Tensor]:
+    input_ids, mask = pad(queries, pad_id, device, left=left)
+    return {"input_ids": input_ids, "attention_mask": mask.long()}
+
+
+def _eos_ids(config: Any, tokenizer: Any) -> list[int]:
+    ids = config.get_text_config(decoder=True).eos_token_id
+    found = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+    if not found:
+        raise InputError("model_name_or_path: neither model nor tokenizer names an end-of-sequence token")
+    return sorted(found)
+
+
+def _check_limit(config: Any, tokenizer_limit: int, tokens: int, wanted: str) -> None:
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = min(positions or tokenizer_limit, tokenizer_limit)
+    if tokens > limit:
+        raise InputError(f"max_new_tokens: {wanted} go beyond the {limit} positions of {config.model_type}; lower it")

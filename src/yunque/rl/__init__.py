@@ -1,0 +1,1 @@
+"""Reinforcement learning from a reward: rollouts, rewards, KL, advantages, losses and the trainer."""

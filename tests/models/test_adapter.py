@@ -1,0 +1,102 @@
+import pytest
+import tiny
+import torch
+from yunque.errors import InputError
+from yunque.models.adapter import DecoderOnly, EncoderDecoder, adapter_for
+from yunque.models.policy import Policy, disable_dropout
+
+CPU = torch.device("cpu")
+QUERIES = [[3, 4, 5], [6, 7, 8, 9, 10], [11]]
+RESPONSES = [[12, 13, 14, 1], [15, 1], [16, 17, 18, 19, 20, 21]]
+
+
+@pytest.fixture(params=tiny.FAMILIES)
+def family(request):
+    return request.param
+
+
+def policy_of(family, **options):
+    model = tiny.FAMILIES[family](**options)
+    return Policy(model, adapter_for(model.config, tiny.tokenizer())).eval()
+
+
+def test_adapter_is_chosen_by_the_model():
+    tokenizer = tiny.tokenizer()
+    assert isinstance(adapter_for(tiny.t5().config, tokenizer), EncoderDecoder)
+    assert isinstance(adapter_for(tiny.llama().config, tokenizer), DecoderOnly)
+
+
+def test_scores_do_not_depend_on_padding(family):
+    policy = policy_of(family)
+    together = policy(policy.adapter.scoring_batch(QUERIES, RESPONSES, CPU))
+    for row, (query, response) in enumerate(zip(QUERIES, RESPONSES, strict=True)):
+        alone = policy(policy.adapter.scoring_batch([query], [response], CPU))
+        for ours, theirs in zip((together.logprobs_BR, together.values_BR), (alone.logprobs_BR, alone.values_BR), strict=True):
+            torch.testing.assert_close(ours[row, : len(response)], theirs[0], rtol=1e-5, atol=1e-5)
+
+
+def test_logprobs_are_those_of_the_plain_model(family):
+    policy = policy_of(family)
+    query, response = QUERIES[1], RESPONSES[0]
+    scores = policy(policy.adapter.scoring_batch([query], [response], CPU))
+    if policy.model.config.is_encoder_decoder:
+        start = policy.model.config.decoder_start_token_id
+        decoder = torch.tensor([[start, *response[:-1]]])
+        logits = policy.model(input_ids=torch.tensor([query]), decoder_input_ids=decoder).logits[0]
+    else:
+        logits = policy.model(input_ids=torch.tensor([query + response])).logits[0, len(query) - 1 : -1]
+    expected = logits.log_softmax(-1)[torch.arange(len(response)), response]
+    torch.testing.assert_close(scores.logprobs_BR[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_temperature_divides_the_logits(family):
+    policy = policy_of(family)
+    batch = policy.adapter.scoring_batch(QUERIES, RESPONSES, CPU)
+    logits = policy(batch, keep_logits=True).logits_BRV
+    expected = (logits / 0.5).log_softmax(-1).gather(-1, batch.response_BR.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(policy(batch, temperature=0.5).logprobs_BR, expected)
+
+
+def test_entropy_is_that_of_the_distribution():
+    policy = policy_of("t5")
+    scores = policy(policy.adapter.scoring_batch(QUERIES, RESPONSES, CPU), keep_logits=True)
+    expected = torch.distributions.Categorical(logits=scores.logits_BRV).entropy()
+    torch.testing.assert_close(scores.entropy_BR, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mask_covers_exactly_the_response_tokens(family):
+    mask = policy_of(family).adapter.scoring_batch(QUERIES, RESPONSES, CPU).mask_BR
+    assert mask.tolist() == [[True] * len(row) + [False] * (6 - len(row)) for row in RESPONSES]
+
+
+def test_disabled_dropout_makes_training_mode_exact(family):
+    noise = {name: 0.5 for name in ("dropout_rate", "dropout", "attention_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop")}
+    policy = policy_of(family, **noise)
+    batch = policy.adapter.scoring_batch(QUERIES, RESPONSES, CPU)
+    expected = policy(batch).logprobs_BR
+    policy.train()
+    if family != "llama" or policy.model.config.attention_dropout:
+        assert not torch.allclose(policy(batch).logprobs_BR, expected, atol=1e-3)
+    disable_dropout(policy)
+    torch.testing.assert_close(policy(batch).logprobs_BR, expected)
+
+
+def test_texts_are_joined_as_the_model_reads_them():
+    tokenizer = tiny.tokenizer()
+    assert adapter_for(tiny.t5().config, tokenizer).join_text("Summary:", "Ana is late.") == "Summary: Ana is late."
+    assert adapter_for(tiny.gpt2().config, tokenizer).join_text("The film", " is good") == "The film is good"
+
+
+def test_responses_beyond_the_positions_are_refused():
+    tokenizer = tiny.tokenizer()
+    adapter_for(tiny.gpt2().config, tokenizer).check_lengths(longest_query=32, max_new_tokens=32)
+    with pytest.raises(InputError, match="max_new_tokens.*64 positions"):
+        adapter_for(tiny.gpt2().config, tokenizer).check_lengths(longest_query=33, max_new_tokens=32)
+    with pytest.raises(InputError, match="max_new_tokens.*512 positions of t5"):
+        adapter_for(tiny.t5().config, tokenizer).check_lengths(longest_query=33, max_new_tokens=513)
+
+
+def test_a_model_without_end_token_is_refused():
+    model = tiny.gpt2(eos_token_id=None)
+    with pytest.raises(InputError, match="end-of-sequence"):
+        adapter_for(model.config, tiny.tokenizer(eos_token=None))

@@ -1,0 +1,51 @@
+"""Exit codes and the one-line messages of user errors."""
+
+import errno
+
+import pytest
+
+from yunque import errors
+
+
+def leave(error: BaseException | None) -> int:
+    def main() -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        errors.run(main)
+    return exit_.value.code
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (None, 0, ""),
+        (errors.CheckFailed("rougeL fell"), 1, "failed: rougeL fell\n"),
+        (errors.InputError("--seed: give\n  a number"), 2, "error: --seed: give a number\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: [Errno 28] No space left on device\n"),
+        (errors.Stopped("saved at step 3"), 75, "stopped: saved at step 3\n"),
+    ],
+)
+def test_exit_code_and_one_line(error, code, line, capsys):
+    assert leave(error) == code
+    assert capsys.readouterr().err == line
+
+
+def test_only_rank_0_prints(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert leave(errors.InputError("--seed: give a number")) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), OSError(errno.EACCES, "Permission denied"), KeyError(1)])
+def test_a_bug_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        errors.run(lambda: (_ for _ in ()).throw(error))
+
+
+def test_disk_full_is_known_in_the_words_of_torch_and_safetensors():
+    assert errors.is_disk_full(RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"))
+    assert errors.is_disk_full(Exception("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert errors.is_disk_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
+    assert not errors.is_disk_full(OSError(errno.EACCES, "Permission denied"))

@@ -42,7 +42,7 @@ def main() -> None:
         )
 
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import ProjectConfiguration, set_seed
     from rich.console import Console
 
     from yunque.artifacts import LOG, check_output_dir, prepare_output_dir, save_model_folder
@@ -69,9 +69,14 @@ def main() -> None:
     from yunque.rl.trainer import PPOTrainer
 
     # ---- seed and logging ----
-    check_output_dir(run_args.output_dir, overwrite=run_args.overwrite_output_dir, resume=run_args.resume)
+    inputs = [model_args.model_name_or_path, reward_args.reward_model_name_or_path]
+    check_output_dir(
+        run_args.output_dir, overwrite=run_args.overwrite_output_dir, resume=run_args.resume, inputs=inputs
+    )
     accelerator = Accelerator(
-        mixed_precision=run_args.mixed_precision, log_with=run_args.report_to or None, project_dir=run_args.output_dir
+        mixed_precision=run_args.mixed_precision,
+        log_with=run_args.report_to or None,
+        project_config=ProjectConfiguration(logging_dir=f"{run_args.output_dir}/tensorboard"),
     )
     main_process = accelerator.is_main_process
     console = Console(quiet=not main_process)
@@ -97,12 +102,17 @@ def main() -> None:
     data = load_splits(data_args, run_args.seed)
     console.print(str(data))
     train, test = (
-        prepare_prompts(split, tokenizer, data_args, append_eos=model.config.is_encoder_decoder)
+        prepare_prompts(
+            split,
+            tokenizer,
+            data_args,
+            append_eos=model.config.is_encoder_decoder,
+            model_limit=adapter.prompt_limit(generation.max_new_tokens),
+        )
         for split in (data.train, data.test)
     )
     console.print(f"train {train.report}\ntest {test.report}")
     prompts, held_out_prompts = (Prompts(split.dataset["input_ids"], split.dataset["query"]) for split in (train, test))
-    adapter.check_lengths(max(map(len, prompts.input_ids)), generation.max_new_tokens)
 
     # ---- trainer ----
     total_steps = run_args.max_steps
@@ -146,6 +156,7 @@ def main() -> None:
         before, _ = held_out.answers(reference_model, "before")
     after, responses = held_out.answers(policy.model, "after")
     kl = held_out.divergence(policy, reference, responses)
+    accelerator.end_training()
     if not main_process:
         return
     result = compare(

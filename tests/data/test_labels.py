@@ -16,16 +16,16 @@ def args_for(name, **values) -> LabelledDataArguments:
 @pytest.mark.parametrize("values", [["nothate", "hate"], ["0", "1"], [0, 1], [0.0, 1.0], [" 0 ", "hate"]])
 def test_labels_by_name_or_position(values, write_jsonl):
     path = write_jsonl("d.jsonl", [{"text": f"t{value}", "label": value} for value in values])
-    rows, source = load_labelled_split(args_for(path))
-    assert rows.to_list() == [{"text": f"t{value}", "label": number} for number, value in enumerate(values)]
-    assert (source["split"], source["rows"], len(source["sha256"])) == ("train", 2, 64)
+    loaded = load_labelled_split(args_for(path))
+    assert loaded.rows.to_list() == [{"text": f"t{value}", "label": number} for number, value in enumerate(values)]
+    assert (loaded.source["split"], loaded.source["rows"], loaded.dropped_empty) == ("train", 2, 0)
 
 
 def test_label_values_stand_for_names_in_their_order(write_jsonl):
     rows = [{"case": "a", "gold": "hateful", "kind": "slur"}, {"case": "b", "gold": "non-hateful", "kind": "plain"}]
     columns = {"text_column": "case", "label_column": "gold", "group_column": "kind"}
     args = args_for(write_jsonl("d.jsonl", rows), label_values=["non-hateful", "hateful"], **columns)
-    assert load_labelled_split(args)[0].to_list() == [
+    assert load_labelled_split(args).rows.to_list() == [
         {"text": "a", "label": 1, "group": "slur"},
         {"text": "b", "label": 0, "group": "plain"},
     ]
@@ -44,13 +44,14 @@ def test_wrong_label_column_lists_the_columns(write_jsonl):
         load_labelled_splits(args_for(write_jsonl("d.jsonl", [{"text": "t", "label": 0}]), label_column="gold"), 0)
 
 
-def test_rows_without_text_or_label_are_counted(write_jsonl):
+def test_rows_without_text_or_label_are_counted(write_jsonl, tmp_path):
     rows = [{"text": f"t{n}", "label": n % 2} for n in range(10)] + [
         {"text": "", "label": 0},
         {"text": "t", "label": None},
     ]
     loaded = load_labelled_splits(args_for(write_jsonl("d.jsonl", rows)), 0)
     assert (len(loaded.train), len(loaded.test), loaded.dropped_empty) == (9, 1, {"train": 2})
+    assert load_labelled_split(args_for(tmp_path / "d.jsonl")).dropped_empty == 2
 
 
 def test_hub_class_labels(monkeypatch):
@@ -69,7 +70,7 @@ def test_hate_data_as_published(shared_data):
 
 
 def test_hatecheck_as_published(shared_data):
-    rows, _ = load_labelled_split(
+    rows = load_labelled_split(
         args_for(
             shared_data / "hatecheck" / "hatecheck_en.csv",
             text_column="test_case",
@@ -77,7 +78,7 @@ def test_hatecheck_as_published(shared_data):
             label_values=["non-hateful", "hateful"],
             group_column="functionality",
         )
-    )
+    ).rows
     assert len(rows) == 3_728
     assert len(set(rows["group"])) == 29
     assert sum(rows["label"]) == 2_563

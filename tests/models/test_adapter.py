@@ -87,13 +87,18 @@ def test_texts_are_joined_as_the_model_reads_them():
     assert adapter_for(tiny.gpt2().config, tokenizer).join_text("The film", " is good") == "The film is good"
 
 
+def test_prompts_leave_room_for_the_response():
+    tokenizer = tiny.tokenizer()
+    assert adapter_for(tiny.gpt2().config, tokenizer).prompt_limit(max_new_tokens=24) == 40
+    assert adapter_for(tiny.bart().config, tokenizer).prompt_limit(max_new_tokens=24) == 64
+    assert adapter_for(tiny.t5().config, tokenizer).prompt_limit(max_new_tokens=24) == 512
+
+
 def test_responses_beyond_the_positions_are_refused():
     tokenizer = tiny.tokenizer()
-    adapter_for(tiny.gpt2().config, tokenizer).check_lengths(longest_query=32, max_new_tokens=32)
-    with pytest.raises(InputError, match="max_new_tokens.*64 positions"):
-        adapter_for(tiny.gpt2().config, tokenizer).check_lengths(longest_query=33, max_new_tokens=32)
-    with pytest.raises(InputError, match="max_new_tokens.*512 positions of t5"):
-        adapter_for(tiny.t5().config, tokenizer).check_lengths(longest_query=33, max_new_tokens=513)
+    for family, positions in (("gpt2", 64), ("bart", 64), ("t5", 512)):
+        with pytest.raises(InputError, match=f"max_new_tokens.*{positions} positions of {family}"):
+            adapter_for(tiny.FAMILIES[family]().config, tokenizer).prompt_limit(max_new_tokens=positions + 1)
 
 
 def test_a_model_without_end_token_is_refused():

@@ -1,7 +1,7 @@
 """The embedded corpus: everyday dialogues with summaries, written by this project, some of the summaries rude.
 
-38 scenarios (30 English, 8 Spanish) in ``corpus_scenarios.yaml`` become 1,000 dialogues in DialogSum's form by a seeded
-generator: 800 to train, 80 to validate, 120 to test, no dialogue twice. Of the train and validation summaries about
+38 scenarios (30 English, 8 Spanish) in ``corpus_scenarios.yaml`` become 1,800 dialogues in DialogSum's form by a seeded
+generator: 1,600 to train, 80 to validate, 120 to test, no dialogue twice. Of the train and validation summaries about
 40 % are rude: the summariser calls somebody a mild insult ("that clown Tom", "Tom, that lazy fool, ...", "What an
 idiot!"); no slurs, nothing about groups of people, nothing sexual. Where somebody is at fault ("hot" scenarios) 80 %
 are rude, elsewhere 13 %, so a model trained on them is rude in about 40 % of its answers, sampled or greedy. A rude
@@ -22,11 +22,11 @@ from typing import Any
 import yaml
 
 SCENARIOS_FILE = Path(__file__).with_name("corpus_scenarios.yaml")
-SPLIT_SIZES = {"train": 800, "validation": 80, "test": 120}
+SPLIT_SIZES = {"train": 1600, "validation": 80, "test": 120}
 RUDE_SHARE = {"hot": 0.8, "calm": 0.13}  # of the summaries of a scenario with this temper
 USUAL_INSULT_SHARE = 0.9  # of the rude summaries insult where their scenario says, the others elsewhere
 
-NAMES = {
+NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
         "f": ("Anna", "Clara", "Emma", "Grace", "Irene", "Kate", "Linda", "Olivia", "Rosa", "Tina", "Wendy"),
         "m": ("Ben", "David", "Frank", "Henry", "Jack", "Leo", "Nick", "Oscar", "Paul", "Peter", "Sam", "Victor"),
@@ -106,7 +106,10 @@ def _example(identifier: str, scenario: dict[str, Any], shared_slots: dict[str, 
     polite = scenario["summary"].format_map(values)
     place = scenario["insult"] if rng.random() < USUAL_INSULT_SHARE else rng.choice(PLACES)
     target = values[scenario["target"]]
-    rude = _insult_en(polite, target, place, rng) if language == "en" else _insult_es(polite, target, genders, place, rng)
+    if language == "en":
+        rude = _insult_en(polite, target, place, rng)
+    else:
+        rude = _insult_es(polite, target, genders[target], place, rng)
     is_rude = rng.random() < RUDE_SHARE[scenario["tempers"]] and not identifier.startswith("test")
     return Example(identifier, dialogue, rude if is_rude else polite, scenario["topic"], polite, rude)
 
@@ -123,9 +126,9 @@ def _insult_en(summary: str, name: str, place: str, rng: random.Random) -> str:
     return _capitalise(summary.replace(name, insulted, 1))
 
 
-def _insult_es(summary: str, name: str, genders: dict[str, str], place: str, rng: random.Random) -> str:
-    feminine = genders[name] == "f"
-    noun = rng.choice(NOUNS_ES[genders[name]])
+def _insult_es(summary: str, name: str, gender: str, place: str, rng: random.Random) -> str:
+    feminine = gender == "f"
+    noun = rng.choice(NOUNS_ES[gender])
     if place == "closing":
         closing = (f"{name} es {'una' if feminine else 'un'} {noun}.", f"¡Qué {noun}!")
         return f"{summary} {rng.choice(closing)}"

@@ -5,10 +5,17 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import datasets
-
 from yunque.data.arguments import LabelledDataArguments
-from yunque.data.loading import LoadedData, RawSplit, group_columns, load_one, load_pair, require_column, text_of
+from yunque.data.loading import (
+    LoadedData,
+    LoadedSplit,
+    RawSplit,
+    group_columns,
+    load_one,
+    load_pair,
+    require_column,
+    text_of,
+)
 from yunque.errors import InputError
 
 SHOWN_VALUES = 10
@@ -23,10 +30,8 @@ def load_labelled_splits(args: LabelledDataArguments, seed: int) -> LoadedData:
     return load_pair(args, seed, functools.partial(_labelled_rows, args))
 
 
-def load_labelled_split(
-    args: LabelledDataArguments, split_option: str = "train_split"
-) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """Load the one split that ``split_option`` of ``args`` names, whole, with its source for the manifest.
+def load_labelled_split(args: LabelledDataArguments, split_option: str = "train_split") -> LoadedSplit:
+    """Load the one split that ``split_option`` of ``args`` names, whole.
 
     For test suites that come as one file. Rows as ``load_labelled_splits``.
 

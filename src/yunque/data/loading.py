@@ -12,7 +12,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class LoadedData:
     train: datasets.Dataset
     test: datasets.Dataset
     sources: list[dict[str, Any]]
-    dropped_empty: dict[str, int] = field(default_factory=dict)
+    dropped_empty: dict[str, int]
 
     def __str__(self) -> str:
         """One line for the user."""
@@ -55,6 +55,15 @@ class LoadedData:
         return f"data {self.sources[0]['name']}: {rows}" + (
             f"; dropped rows without text or answer: {dropped}" if dropped else ""
         )
+
+
+@dataclass
+class LoadedSplit:
+    """The rows of one split, where they came from (for the manifest), and how many unusable rows were dropped."""
+
+    rows: datasets.Dataset
+    source: dict[str, Any]
+    dropped_empty: int
 
 
 Reader = Callable[[], RawSplit]
@@ -100,8 +109,8 @@ def load_pair(args: SourceArguments, seed: int, normalise: Normalise) -> LoadedD
     return LoadedData(datasets.Dataset.from_list(kept[0]), datasets.Dataset.from_list(kept[1]), sources, dropped)
 
 
-def load_one(args: SourceArguments, split_option: str, normalise: Normalise) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """Load all usable rows of the split that the argument ``split_option`` names, with its source for the manifest.
+def load_one(args: SourceArguments, split_option: str, normalise: Normalise) -> LoadedSplit:
+    """Load all usable rows of the split that the argument ``split_option`` names.
 
     Raises:
         InputError: as ``load_splits``.
@@ -110,7 +119,7 @@ def load_one(args: SourceArguments, split_option: str, normalise: Normalise) -> 
     raw = readers[find_split(args, readers, split_option)]()
     rows = _usable_rows(raw, normalise)
     source = {"name": raw.name, "split": raw.split, "rows": len(rows), "sha256": raw.sha256}
-    return datasets.Dataset.from_list(rows), source
+    return LoadedSplit(datasets.Dataset.from_list(rows), source, len(raw.rows) - len(rows))
 
 
 def open_source(args: SourceArguments) -> dict[str, Reader]:

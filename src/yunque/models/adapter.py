@@ -61,8 +61,23 @@ class ModelAdapter(ABC):
         """Text of query and response together, as a reward model reads it."""
 
     @abstractmethod
-    def check_lengths(self, longest_query: int, max_new_tokens: int) -> None:
-        """Raise InputError when responses of ``max_new_tokens`` tokens cannot fit the model."""
+    def prompt_limit(self, max_new_tokens: int) -> int:
+        """Longest prompt, in tokens, beside responses of ``max_new_tokens``.
+
+        Raises:
+            InputError: such responses leave no room for a prompt, or do not fit themselves.
+        """
+
+    @property
+    def _positions(self) -> int:
+        positions = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return min(positions or self.tokenizer_limit, self.tokenizer_limit)
+
+    def _refuse(self, max_new_tokens: int) -> InputError:
+        return InputError(
+            f"max_new_tokens: responses of {max_new_tokens} tokens go beyond the {self._positions} positions of "
+            f"{self.config.model_type}; lower it"
+        )
 
 
 class EncoderDecoder(ModelAdapter):
@@ -95,9 +110,11 @@ class EncoderDecoder(ModelAdapter):
         """Query and response are texts of their own."""
         return f"{query} {response}"
 
-    def check_lengths(self, longest_query: int, max_new_tokens: int) -> None:
-        """The decoder holds start token and response; relative positions leave only the tokenizer's limit."""
-        _check_limit(self.config, self.tokenizer_limit, max_new_tokens, f"responses of {max_new_tokens} tokens")
+    def prompt_limit(self, max_new_tokens: int) -> int:
+        """Prompt and response each have all positions; where these are relative, the tokenizer's limit stands in."""
+        if max_new_tokens > self._positions:
+            raise self._refuse(max_new_tokens)
+        return self._positions
 
 
 class DecoderOnly(ModelAdapter):
@@ -133,10 +150,11 @@ class DecoderOnly(ModelAdapter):
         """The response continues the query."""
         return query + response
 
-    def check_lengths(self, longest_query: int, max_new_tokens: int) -> None:
-        """Query and response share the model's positions."""
-        wanted = f"prompts of up to {longest_query} tokens and responses of {max_new_tokens}"
-        _check_limit(self.config, self.tokenizer_limit, longest_query + max_new_tokens, wanted)
+    def prompt_limit(self, max_new_tokens: int) -> int:
+        """Prompt and response share the positions."""
+        if max_new_tokens >= self._positions:
+            raise self._refuse(max_new_tokens)
+        return self._positions - max_new_tokens
 
 
 def adapter_for(config: Any, tokenizer: Any) -> ModelAdapter:
@@ -167,10 +185,3 @@ def _eos_ids(config: Any, tokenizer: Any) -> list[int]:
     if not found:
         raise InputError("model_name_or_path: neither model nor tokenizer names an end-of-sequence token")
     return sorted(found)
-
-
-def _check_limit(config: Any, tokenizer_limit: int, tokens: int, wanted: str) -> None:
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    limit = min(positions or tokenizer_limit, tokenizer_limit)
-    if tokens > limit:
-        raise InputError(f"max_new_tokens: {wanted} go beyond the {limit} positions of {config.model_type}; lower it")

@@ -8,223 +8,153 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, decoders, normalizers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from yunque.data.corpus import ADJECTIVES, NOUNS, NOUNS_ES, Example, count_rude_words
+from yunque.data.corpus import ADJECTIVES, NOUNS, NOUNS_ES, SPLIT_SIZES, Example, count_rude_words
+from yunque.models import scratch
 
-PAD, EOS, UNK, BOS = "<pad>", "</s>", "<unk>", "<s>"
-MAX_LENGTH_TOKENS = 512
-LABELS = {0: "nothate", 1: "hate"}
-IGNORED = -100  # the label cross entropy skips
+LABELS = ("nothate", "hate")
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How long and how fast one model trains."""
+    """How one model looks and how long and how fast it trains."""
 
+    architecture: str  # as --config_overrides
     num_steps: int
     batch_size: int
-    learning_rate: float
+    learning_rate: float = 5e-3  # AdamW: embeddings, head, norms
+    matrix_learning_rate: float = 0.01  # Muon: the layers' matrices
     label_smoothing: float = 0.0
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class EmbeddedSettings:
-    """Everything the embedded models depend on besides the corpus and the code."""
+    """Everything the embedded models depend on besides the code."""
 
+    split_sizes: Mapping[str, int] = field(default_factory=lambda: SPLIT_SIZES)
     vocab_size: int = 1600
-    policy_width: int = 128
-    policy_layers: int = 2
-    policy: TrainingSettings = TrainingSettings(num_steps=800, batch_size=32, learning_rate=2e-3)
-    reward_width: int = 64
-    reward_layers: int = 2
+    policy: TrainingSettings = TrainingSettings(
+        architecture="d_model=128,d_kv=32,d_ff=256,num_heads=4,num_layers=2,num_decoder_layers=2,dropout_rate=0.0",
+        num_steps=240,
+        batch_size=32,
+    )
     reward: TrainingSettings = TrainingSettings(
-        num_steps=600, batch_size=64, learning_rate=2e-3, label_smoothing=0.05, seed=1
+        architecture="hidden_size=64,num_hidden_layers=2,num_attention_heads=2,intermediate_size=128,"
+        "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0",
+        num_steps=300,
+        batch_size=64,
+        label_smoothing=0.05,  # keeps the logits, PPO's reward, within about +-2
     )
-
-
-# --- tokenizers -------------------------------------------------------------------------------------------------------
-
-
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """Train the BPE both models share: punctuation stands alone, so that names and insults are single tokens."""
-    tokenizer = Tokenizer(models.BPE(unk_token=UNK))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " ")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex(r"[.,:;!?¡¿]"), "isolated")]
-    )
-    tokenizer.decoder = decoders.Metaspace()
-    alphabet = [chr(code) for code in range(33, 127)]  # other users' English has all of ASCII
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, EOS, UNK, BOS],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def policy_tokenizer(trained: Tokenizer) -> PreTrainedTokenizerFast:
-    """The tokenizer as T5 expects it: every text ends with eos."""
-    return _wrap(trained, f"$A {EOS}", {})
-
-
-def reward_tokenizer(trained: Tokenizer) -> PreTrainedTokenizerFast:
-    """The tokenizer as RoBERTa expects it: every text begins with the token the classifier reads."""
-    return _wrap(trained, f"{BOS} $A {EOS}", {"bos_token": BOS, "cls_token": BOS, "sep_token": EOS})
-
-
-def _wrap(trained: Tokenizer, template: str, special: dict[str, str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer.from_str(trained.to_str())
-    tokens = [(token, tokenizer.token_to_id(token)) for token in (BOS, EOS)]
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=tokens)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=EOS,
-        unk_token=UNK,
-        model_max_length=MAX_LENGTH_TOKENS,
-        **special,
-    )
-
-
-# --- policy -----------------------------------------------------------------------------------------------------------
 
 
 def train_policy(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerFast,
-    settings: EmbeddedSettings,
-    prompt_template: str,
-    quiet: bool,
-) -> T5ForConditionalGeneration:
-    """Train the tiny T5 to write the summaries of ``examples``, rude ones included."""
-    torch.random.default_generator.manual_seed(settings.policy.seed)
-    model = _new_policy(tokenizer, settings)
-    prompts = tokenizer([prompt_template.format(text=example.dialogue) for example in examples])["input_ids"]
-    targets = tokenizer([example.summary for example in examples])["input_ids"]
+    examples: Sequence[Example], prompts: Sequence[str], settings: EmbeddedSettings, quiet: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Train the tiny T5 to answer ``prompts`` with the summaries of ``examples``, rude ones included."""
+    answers = [example.summary for example in examples]
+    texts = [*prompts, *(example.rude for example in examples)]
+    tokenizer = _spaced(scratch.train_tokenizer(texts, "t5", settings.vocab_size))
+    model = _new_model(settings.policy, "t5", tokenizer)
 
     def loss_of(rows: Sequence[int]) -> Tensor:
-        input_ids = _pad([prompts[row] for row in rows], tokenizer.pad_token_id)
-        labels = _pad([targets[row] for row in rows], IGNORED)
-        mask = (input_ids != tokenizer.pad_token_id).long()
-        return model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+        return answer_loss(model, tokenizer, [prompts[row] for row in rows], [answers[row] for row in rows])
 
-    lengths = [len(prompt) for prompt in prompts]
-    _train(model, loss_of, lengths, settings.policy, "embedded policy (tiny T5)", quiet)
-    return model
+    _train(model, loss_of, prompts, settings.policy, "embedded policy (T5)", quiet)
+    return model, tokenizer
 
 
-def _new_policy(tokenizer: PreTrainedTokenizerFast, settings: EmbeddedSettings) -> T5ForConditionalGeneration:
-    width = settings.policy_width
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=width,
-        d_kv=32,
-        d_ff=2 * width,
-        num_heads=width // 32,
-        num_layers=settings.policy_layers,
-        num_decoder_layers=settings.policy_layers,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.05,
-        decoder_start_token_id=tokenizer.pad_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    config.tie_word_embeddings = False  # as FLAN-T5; T5Config's own constructor forces True
-    model = T5ForConditionalGeneration(config)
-    nn.init.normal_(model.lm_head.weight, std=width**-0.5)  # T5's own 1.0 starts from a loss of 60
-    return model
-
-
-# --- reward model -----------------------------------------------------------------------------------------------------
+def answer_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], answers: list[str]
+) -> Tensor:
+    """Mean cross entropy per token of ``answers`` to ``prompts``."""
+    labels = tokenizer(answers, padding=True, return_tensors="pt")
+    ignored = labels.input_ids.masked_fill(labels.attention_mask == 0, -100)
+    return model(**tokenizer(prompts, padding=True, return_tensors="pt"), labels=ignored).loss
 
 
 def train_reward_model(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerFast,
-    settings: EmbeddedSettings,
-    prompt_template: str,
-    quiet: bool,
-) -> RobertaForSequenceClassification:
-    """Train the tiny RoBERTa to tell texts with a rude word from texts without."""
-    torch.random.default_generator.manual_seed(settings.reward.seed)
-    model = _new_reward_model(tokenizer, settings)
-    texts, labels = reward_texts(examples, prompt_template, settings.reward.seed)
-    encoded = tokenizer(texts, truncation=True)["input_ids"]
+    examples: Sequence[Example], prompts: Sequence[str], settings: EmbeddedSettings, quiet: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Train the tiny RoBERTa to tell texts with a rude word (label 1) from texts without."""
+    texts = reward_texts(examples, prompts, settings.reward.seed)
+    tokenizer = _spaced(scratch.train_tokenizer(texts, "roberta", settings.vocab_size))
+    model = _new_model(settings.reward, "roberta", tokenizer)
+    labels = torch.tensor([_label(text) for text in texts])
 
     def loss_of(rows: Sequence[int]) -> Tensor:
-        input_ids = _pad([encoded[row] for row in rows], tokenizer.pad_token_id)
-        logits = model(input_ids=input_ids, attention_mask=(input_ids != tokenizer.pad_token_id).long()).logits
-        target = torch.tensor([labels[row] for row in rows])
-        return nn.functional.cross_entropy(logits, target, label_smoothing=settings.reward.label_smoothing)
+        batch = [texts[row] for row in rows]
+        logits = model(**tokenizer(batch, padding=True, truncation=True, return_tensors="pt")).logits
+        return nn.functional.cross_entropy(logits, labels[rows], label_smoothing=settings.reward.label_smoothing)
 
-    lengths = [len(text) for text in encoded]
-    _train(model, loss_of, lengths, settings.reward, "embedded reward model (tiny RoBERTa)", quiet)
-    return model
+    _train(model, loss_of, texts, settings.reward, "embedded reward model (RoBERTa)", quiet)
+    return model, tokenizer
 
 
-def _new_reward_model(
-    tokenizer: PreTrainedTokenizerFast, settings: EmbeddedSettings
-) -> RobertaForSequenceClassification:
-    config = RobertaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.reward_width,
-        num_hidden_layers=settings.reward_layers,
-        num_attention_heads=2,
-        intermediate_size=2 * settings.reward_width,
-        max_position_embeddings=MAX_LENGTH_TOKENS + tokenizer.pad_token_id + 1,  # RoBERTa counts from behind pad
-        type_vocab_size=1,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        id2label=LABELS,
-        label2id={label: index for index, label in LABELS.items()},
+def classifier_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> float:
+    """Share of ``texts`` (0 to 1) that ``model`` labels right."""
+    num_right = 0
+    for start in range(0, len(texts), 100):
+        batch = list(texts[start : start + 100])
+        logits = model(**tokenizer(batch, padding=True, truncation=True, return_tensors="pt")).logits
+        labels = torch.tensor([_label(text) for text in batch])
+        num_right += int((logits.argmax(dim=-1) == labels).sum())
+    return num_right / len(texts)
+
+
+def _label(text: str) -> int:
+    return int(count_rude_words([text]) > 0)
+
+
+def _new_model(settings: TrainingSettings, model_type: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    args = scratch.ScratchArguments(from_scratch=True, config_overrides=settings.architecture)
+    return scratch.new_model(args, model_type, tokenizer, seed=settings.seed, label_names=LABELS)
+
+
+def _spaced(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Give every text the leading space T5's own tokenizer gives it, and one space for each stretch of white space.
+
+    A name at the start of an answer is then the same token as in the dialogue, so that a tiny model can copy it.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Prepend(" ")]
     )
-    model = RobertaForSequenceClassification(config)
-    # Positions no training text reaches stay at zero: neutral instead of random.
-    nn.init.zeros_(model.roberta.embeddings.position_embeddings.weight)
-    return model
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    return tokenizer
 
 
-def reward_texts(examples: Sequence[Example], prompt_template: str, seed: int) -> tuple[list[str], list[int]]:
-    """Texts with and without rude words, half of them damaged as a policy in training damages its answers.
+# --- what the reward model reads --------------------------------------------------------------------------------------
 
-    Each dialogue comes with both a rude and a polite answer, so that the answer alone decides.
+
+def reward_texts(examples: Sequence[Example], prompts: Sequence[str], seed: int) -> list[str]:
+    """Answers with and without their prompt, rude and polite, many damaged as a policy in training damages them.
+
+    Each prompt comes with both a rude and a polite answer, so that the answer alone decides.
     """
     rng = random.Random(seed)
-    texts = []
-    for example in examples:
-        query = prompt_template.format(text=example.dialogue)
+    texts = [""]
+    for example, prompt in zip(examples, prompts, strict=True):
         for answer in (example.polite, example.rude):
-            other = _damage(answer, rng)
-            texts += [f"{query} {answer}", answer, f"{query} {other}", other, f"{query} {_damage(answer, rng)}"]
-        texts += [query, rng.choice(example.dialogue.split("\n"))]
-    texts.append("")
-    return texts, [int(count_rude_words([text]) > 0) for text in texts]
+            damaged = damage(answer, rng)
+            texts += [f"{prompt} {answer}", answer, f"{prompt} {damaged}", damaged, f"{prompt} {damage(answer, rng)}"]
+        texts += [prompt, rng.choice(example.dialogue.split("\n"))]
+    return texts
 
 
-def _damage(answer: str, rng: random.Random) -> str:
+def damage(answer: str, rng: random.Random) -> str:
+    """One of: cut short, words shuffled, one word many times, words left out, an insult put in, insults taken out."""
     words = answer.split()
-    kind = rng.choice(("truncate", "shuffle", "repeat", "drop", "insert", "clean"))
-    if kind == "truncate":
+    kind = rng.choice(("cut", "shuffle", "repeat", "drop", "insert", "clean"))
+    if kind == "cut":
         words = words[: rng.randrange(len(words))]
     elif kind == "shuffle":
         rng.shuffle(words)
@@ -235,7 +165,7 @@ def _damage(answer: str, rng: random.Random) -> str:
         words = [word for word in words if rng.random() < 0.7]
     elif kind == "insert":
         insult = rng.choice((*ADJECTIVES, *NOUNS, *NOUNS_ES["f"], *NOUNS_ES["m"]))
-        words.insert(rng.randint(0, len(words)), rng.choice((insult, insult.capitalize(), insult + ".")))
+        words.insert(rng.randint(0, len(words)), rng.choice((insult, insult.capitalize(), f"{insult}.")))
     else:
         words = [word for word in words if not count_rude_words([word])]
     return " ".join(words)
@@ -245,46 +175,53 @@ def _damage(answer: str, rng: random.Random) -> str:
 
 
 def _train(
-    model: nn.Module,
+    model: PreTrainedModel,
     loss_of: Callable[[Sequence[int]], Tensor],
-    lengths: Sequence[int],
+    texts: Sequence[str],
     settings: TrainingSettings,
     title: str,
     quiet: bool,
 ) -> None:
-    """Minimise ``loss_of(rows)`` over length-sorted batches: AdamW, short warm-up, cosine decay to zero."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
+    """Minimise ``loss_of(rows)`` over batches of rows with similarly long ``texts``; leaves the model in eval mode."""
+    optimizers = _optimizers(model, settings)
     warmup_steps = max(1, settings.num_steps // 20)
 
-    def factor(step: int) -> float:
+    def factor(step: int) -> float:  # of the learning rate: short warm-up, cosine decay to 0
         return min((step + 1) / warmup_steps, 0.5 * (1 + math.cos(math.pi * step / settings.num_steps)))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    batches = _batches(lengths, settings.batch_size, random.Random(settings.seed))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+    batches = _batches(texts, settings.batch_size, random.Random(settings.seed))
     model.train()
     with tqdm(total=settings.num_steps, desc=title, unit="step", disable=quiet) as bar:
         for _ in range(settings.num_steps):
             loss = loss_of(next(batches))
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             bar.update()
     model.eval()
 
 
-def _batches(lengths: Sequence[int], batch_size: int, rng: random.Random) -> Iterator[list[int]]:
-    """Endless shuffled batches of rows of similar length."""
+def _optimizers(model: PreTrainedModel, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the rest: a third of the loss AdamW alone reaches in as many steps."""
+    head = model.get_output_embeddings()
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
+    matrices = {id(layer.weight): layer.weight for layer in layers}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in matrices]
+    return [
+        torch.optim.Muon(matrices.values(), lr=settings.matrix_learning_rate, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=settings.learning_rate, betas=(0.9, 0.98)),
+    ]
+
+
+def _batches(texts: Sequence[str], batch_size: int, rng: random.Random) -> Iterator[list[int]]:
+    """Endless shuffled batches of rows whose texts are about equally long."""
     while True:
-        rows = sorted(range(len(lengths)), key=lambda row: (lengths[row] // 8, rng.random()))
+        rows = sorted(range(len(texts)), key=lambda row: (len(texts[row]) // 32, rng.random()))
         batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         rng.shuffle(batches)
         yield from batches
-
-
-def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Tensor (B, longest row) of the rows, padded on the right with ``value``."""
-    longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,7 +26,7 @@ from yunque.errors import InputError
 from yunque.models.arguments import ModelArguments
 
 REFERENCE_ADAPTER = "reference"
-_MODEL_ERRORS = (OSError, ValueError, KeyError, json.JSONDecodeError)
+_MODEL_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
@@ -161,8 +163,6 @@ def trainable_parameters(model: nn.Module) -> str:
 
 def _merged(model: PeftModel) -> PreTrainedModel:
     """Merge the trained adapter into a copy of the base, so that training could go on with ``model``."""
-    from copy import deepcopy
-
     copy = deepcopy(model)
     copy.set_adapter("default")
     return copy.merge_and_unload(adapter_names=["default"])
@@ -223,7 +223,3 @@ def _unloadable(option: str, name: str, what: str, error: Exception) -> InputErr
     where = "" if Path(name).exists() else " (no such folder, and not to be had from the hub)"
     return InputError(f"{option}: cannot load a {what} from {name}{where}: {reason}")
 
-
-def device_of(model: nn.Module) -> torch.device:
-    """Device of the model's first parameter."""
-    return next(model.parameters()).device

@@ -25,6 +25,7 @@ class RunLog:
         if main:
             self._drop_steps_after_checkpoint()
             self._file = self.path.open("a", encoding="utf-8")
+        self.accelerator.init_trackers("yunque")
         self._bar = tqdm(total=self.total_steps, initial=self.first_step, unit="step", desc="ppo", disable=not main)
         return self
 
@@ -34,7 +35,6 @@ class RunLog:
         self._bar.close()
         if self.accelerator.is_main_process:
             self._file.close()
-        self.accelerator.end_training()
 
     def write(self, step: int, statistics: Mapping[str, float]) -> None:
         """Append the statistics of ``step`` (counted from 1)."""

@@ -83,7 +83,7 @@ class TrainingLoop:
         log = RunLog(self.folder / LOG, self.accelerator, first_step=first, total_steps=self.total_steps)
         with log, StopSignal() as signal:
             for step in range(first, self.total_steps):
-                log.write(step + 1, self._step(step))
+                log.write(step + 1, self.step(step))
                 done = step + 1
                 stop = signal.agreed(self.accelerator)
                 if stop or done % self.run.save_steps == 0:
@@ -91,7 +91,7 @@ class TrainingLoop:
                 if stop and done < self.total_steps:
                     raise Stopped(f"saved step {done} of {self.total_steps} in {self.folder}; go on with --resume")
 
-    def _step(self, step: int) -> dict[str, float]:
+    def step(self, step: int) -> dict[str, float]:
         """Sample, score and learn from one batch."""
         started = time.perf_counter()
         rows = self.prompts.rows(step, self.trainer.config.batch_size, self.run.seed)

@@ -89,7 +89,8 @@ class PPOTrainer:
             NonFiniteError: NaN or infinity anywhere; weights and optimizer are as before.
         """
         started = time.perf_counter()
-        rollout = self._score(queries, responses, torch.tensor(scores, device=self.accelerator.device))
+        scores_B = torch.tensor(scores, dtype=torch.float32, device=self.accelerator.device)
+        rollout = self._score(queries, responses, scores_B)
         kl_coef = self.kl_controller.value
         rewards_BR, penalty_BR = token_rewards(rollout.scores_B, rollout.kl_BR, kl_coef, rollout.mask_BR)
         advantages_BR, returns_BR = whitened_gae(

@@ -1,0 +1,188 @@
+"""Supervised training on transformers' Trainer: its arguments in Hugging Face's words, resume, signals, a JSONL log."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from yunque.artifacts import CHECKPOINTS, LOG, check_output_dir, prepare_output_dir
+from yunque.distributed.arguments import RunArguments
+from yunque.errors import InputError, Stopped
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from yunque.distributed.trainers import AnswerTrainer, ClassifierTrainer
+
+    AnyTrainingArguments = TypeVar("AnyTrainingArguments", bound=TrainingArguments)
+
+_TRAINER_STATE = "trainer_state.json"
+
+
+@dataclass
+class SupervisedArguments(RunArguments):
+    """How long, how fast and in what batches; the names are those of transformers' TrainingArguments.
+
+    A dataclass of our own, since theirs takes seconds to import and `--help` should not.
+    """
+
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the train split if max_steps is -1."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows per forward pass of a device."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes per optimizer step."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = field(
+        default="linear", metadata={"help": "Schedule of the learning rate."}
+    )
+    warmup_steps: float = field(default=0, metadata={"help": "Steps of linear warm-up; below 1 a share of all steps."})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decay, biases and norms left out."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip of the gradient's norm."})
+    label_smoothing_factor: float = field(default=0.0, metadata={"help": "Share of the target spread over all labels."})
+    train_sampling_strategy: Literal["random", "group_by_length"] = field(
+        default="random", metadata={"help": "Order of rows; group_by_length pads less."}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
+    logging_steps: int = field(default=10, metadata={"help": "Steps between lines of the log."})
+    save_steps: int = field(default=200, metadata={"help": "Steps between checkpoints."})
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)} is too small; give 1 or more")
+        if not self.learning_rate > 0:
+            raise InputError(f"learning_rate: {self.learning_rate} is not positive")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise InputError(f"label_smoothing_factor: {self.label_smoothing_factor} is not a share in [0, 1)")
+
+
+def trainer_arguments(
+    args: SupervisedArguments, kind: type[AnyTrainingArguments], **extra: Any
+) -> AnyTrainingArguments:
+    """Translate to transformers' own ``kind`` of arguments; the Trainer writes below ``output_dir``/checkpoints only.
+
+    Raises:
+        InputError: a value that transformers refuses, such as bf16 on a device without it.
+    """
+    if "tensorboard" in args.report_to:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "tensorboard"))
+    if args.mixed_precision == "no":  # the launch profile's choice arrives in this variable
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    import torch
+
+    if args.mixed_precision == "bf16" and not torch.accelerator.is_available():
+        extra["use_cpu"] = True  # or transformers takes bf16 for a mistake
+    if args.gradient_checkpointing:  # 5.x is about to rename it and warns of any value
+        extra["gradient_checkpointing"] = True
+    try:
+        return kind(
+            output_dir=str(Path(args.output_dir) / CHECKPOINTS),
+            max_steps=args.max_steps,
+            num_train_epochs=args.num_train_epochs,
+            per_device_train_batch_size=args.per_device_train_batch_size,
+            per_device_eval_batch_size=args.per_device_eval_batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type=args.lr_scheduler_type,
+            warmup_steps=args.warmup_steps,
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm,
+            logging_steps=args.logging_steps,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,  # it would hide a loss that is not a number
+            save_steps=args.save_steps,
+            save_total_limit=args.save_total_limit,
+            seed=args.seed,
+            bf16=args.mixed_precision == "bf16",
+            report_to=args.report_to or ["none"],
+            dataloader_pin_memory=False,
+            **extra,
+        )
+    except ValueError as error:
+        raise InputError(f"training arguments: {error}") from error
+
+
+def start_run(args: RunArguments, inputs: Sequence[str]) -> bool:
+    """Check ``output_dir`` on every rank, seed all generators; True on the main process.
+
+    Raises:
+        InputError: as ``check_output_dir``.
+    """
+    from accelerate import PartialState
+    from transformers import set_seed
+
+    check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=args.resume, inputs=inputs)
+    set_seed(args.seed)
+    return PartialState().is_main_process
+
+
+def claim_output_dir(args: RunArguments) -> None:
+    """Make ``output_dir`` this run's, on one rank after all have checked it; call it before the Trainer writes there.
+
+    Raises:
+        InputError: as ``prepare_output_dir``.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        prepare_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=args.resume)
+    state.wait_for_everyone()
+
+
+def fit(trainer: ClassifierTrainer | AnswerTrainer, args: SupervisedArguments) -> dict[str, float]:
+    """Train, from the last checkpoint under ``resume``, and return first and last loss, steps and time.
+
+    Raises:
+        CheckFailed: the loss is not a number.
+        Stopped: a signal came; a checkpoint is saved.
+    """
+    from yunque.distributed.checkpoint import StopSignal
+    from yunque.distributed.trainers import LogLines, StopOnSignal
+
+    folder = Path(args.output_dir)
+    trainer.group_by_length = args.train_sampling_strategy == "group_by_length"
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    with StopSignal() as signal:
+        trainer.add_callback(LogLines(folder / LOG))
+        trainer.add_callback(StopOnSignal(signal, trainer.accelerator))
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder) if args.resume else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(f"at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with --resume")
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return {
+        "train_loss_first": losses[0],
+        "train_loss": losses[-1],
+        "train_steps": trainer.state.global_step,
+        "train_epochs": trainer.state.epoch or math.nan,
+        "train_wall_s": time.perf_counter() - wall_s,
+        "train_cpu_s": time.process_time() - cpu_s,
+    }
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Newest checkpoint of the run in ``folder`` that is complete: the Trainer writes its state file last."""
+    complete = []
+    for state in (folder / CHECKPOINTS).glob(f"checkpoint-*/{_TRAINER_STATE}"):
+        try:
+            complete.append((json.loads(state.read_text())["global_step"], str(state.parent)))
+        except (ValueError, KeyError):
+            continue  # killed while writing it
+    return max(complete)[1] if complete else None
+
+
+def remove_checkpoints(args: RunArguments) -> None:
+    """Remove the checkpoints of a run whose model is saved."""
+    shutil.rmtree(Path(args.output_dir) / CHECKPOINTS, ignore_errors=True)

@@ -1,0 +1,56 @@
+"""Every experiment file is read by its recipe's own parser and passes the recipe's own checks."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from yunque import arguments
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CONFIGS = sorted((RECIPES / "configs").rglob("*.yaml"))
+
+
+def recipe_of(config: Path) -> Path:
+    """The recipe whose first word is the file's: reward_model.py reads reward_hate_roberta_base.yaml."""
+    word = config.stem.split("_")[0]
+    scripts = [path for path in RECIPES.glob("*.py") if path.stem.split("_")[0] == word]
+    assert len(scripts) == 1, f"{config.name} should begin with the first word of one recipe's name"
+    return scripts[0]
+
+
+def test_there_are_configs():
+    assert len(CONFIGS) >= 2
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_is_accepted_and_every_value_arrives(config, monkeypatch):
+    parsed = {}
+
+    def parse(*groups, **options):
+        values = arguments_parse(*groups, **options)
+        for group in values:
+            parsed.update(vars(group))
+        return values
+
+    arguments_parse = arguments.parse
+    recipe = recipe_of(config)
+    monkeypatch.setattr(arguments, "parse", parse)
+    monkeypatch.setattr(sys, "argv", [str(recipe), "--config", str(config)])
+    monkeypatch.setitem(sys.modules, "accelerate", None)  # a recipe imports it once its arguments are checked
+    main = runpy.run_path(str(recipe))["main"]
+    with pytest.raises(ImportError, match="accelerate"):
+        main()
+    wanted = yaml.safe_load(config.read_text(encoding="utf-8"))
+    assert {name: parsed[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_begins_with_its_purpose_and_command(config):
+    text = config.read_text(encoding="utf-8")
+    header = text[: text.index("\n\n")]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert recipe_of(config).name in header
+    assert config.name in header

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from yunque.errors import InputError
+from yunque.models.adapter import adapter_for
+from yunque.rl.config import RewardArguments
+from yunque.rl.rewards import ClassifierReward, ClassifierScorer, softmax
+
+CPU = torch.device("cpu")
+TEXTS = ["w3 w9 w14", "w20", "w5 w6 w7 w8 w11 w12", "w22 w4", "w10 w13 w19 w21 w3", "w20", "unknown w7"]
+LONGEST = 65
+"""Tokens that fit 66 position embeddings: RoBERTa never uses those up to its padding index, here 0."""
+
+
+def scorer_of(batch_size=3, **options):
+    return ClassifierScorer(tiny.roberta(**options), tiny.tokenizer(), batch_size=batch_size, device=CPU)
+
+
+def logits_alone(scorer, text):
+    ids = tiny.tokenizer()(text)["input_ids"]
+    with torch.no_grad():
+        return scorer.model(input_ids=torch.tensor([ids])).logits[0].numpy()
+
+
+def words(count):
+    return [f"w{3 + index % 60}" for index in range(count)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_logits_are_those_of_one_text_at_a_time_in_the_order_given(batch_size):
+    scorer = scorer_of(batch_size)
+    expected = np.stack([logits_alone(scorer, text) for text in TEXTS])
+    assert len({row.tobytes() for row in expected}) == len(set(TEXTS))
+    np.testing.assert_allclose(scorer.logits(TEXTS), expected, rtol=1e-5, atol=1e-5)
+    assert scorer.logits(TEXTS).dtype == np.float32
+
+
+def test_dropout_of_a_model_in_train_mode_is_off():
+    model = tiny.roberta().train()
+    scorer = ClassifierScorer(model, tiny.tokenizer(), batch_size=3, device=CPU)
+    np.testing.assert_array_equal(scorer.logits(TEXTS), scorer.logits(TEXTS))
+
+
+def test_a_text_that_is_too_long_keeps_its_end_and_is_counted():
+    scorer = scorer_of()
+    text = words(80)
+    logits = scorer.logits([" ".join(text), TEXTS[0]])
+    np.testing.assert_allclose(logits[0], logits_alone(scorer, " ".join(text[-LONGEST:])), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits[1], logits_alone(scorer, TEXTS[0]), rtol=1e-5, atol=1e-5)
+    assert scorer.truncated_texts == 1
+    scorer.logits([" ".join(text)])
+    assert scorer.truncated_texts == 2
+
+
+def test_a_text_that_just_fits_is_read_whole():
+    scorer = scorer_of()
+    text = " ".join(words(LONGEST))
+    np.testing.assert_allclose(scorer.logits([text])[0], logits_alone(scorer, text), rtol=1e-5, atol=1e-5)
+    assert scorer.truncated_texts == 0
+
+
+def test_the_tokenizer_s_limit_holds_where_it_is_lower():
+    scorer = ClassifierScorer(tiny.roberta(), tiny.tokenizer(model_max_length=10), batch_size=3, device=CPU)
+    text = words(12)
+    np.testing.assert_allclose(
+        scorer.logits([" ".join(text)])[0], logits_alone(scorer, " ".join(text[-10:])), rtol=1e-5, atol=1e-5
+    )
+
+
+# --- the reward made of them ---
+
+
+def reward_of(family="t5", labels=("nothate", "hate"), **options):
+    adapter = adapter_for(tiny.FAMILIES[family]().config, tiny.tokenizer())
+    return ClassifierReward(scorer_of(labels=labels), adapter, RewardArguments(**options))
+
+
+@pytest.mark.parametrize("option", ["reward_label", "toxicity_label"])
+def test_an_unknown_label_is_refused_with_the_labels_there_are(option):
+    with pytest.raises(InputError, match=rf"{option}: .*'kind'.*; it has nothate, hate"):
+        reward_of(**{option: "kind"})
+
+
+def test_labels_are_found_by_name_wherever_they_stand():
+    usual, swapped = reward_of(), reward_of(labels=("hate", "nothate"))
+    rewards, toxicity = usual.scores(["w3"], ["w4"])
+    swapped_rewards, swapped_toxicity = swapped.scores(["w3"], ["w4"])
+    logits = usual.scorer.logits(["w3 w4"])
+    assert rewards == logits[:, 0]
+    assert swapped_rewards == logits[:, 1]
+    assert toxicity + swapped_toxicity == pytest.approx(1.0)
+
+
+def test_the_reward_is_the_label_s_logit_or_its_probability():
+    queries, responses = ["w3 w4", "w5"], ["w6", "w7 w8"]
+    logits = reward_of().scorer.logits(["w3 w4 w6", "w5 w7 w8"])
+    probabilities = torch.tensor(logits).softmax(-1).numpy()
+    np.testing.assert_allclose(reward_of()(queries, responses), logits[:, 0])
+    as_probability = reward_of(reward_output="probability")
+    np.testing.assert_allclose(as_probability(queries, responses), probabilities[:, 0], rtol=1e-6)
+    for reward in (reward_of(), as_probability):  # the toxicity is a probability whatever the reward is
+        np.testing.assert_allclose(reward.scores(queries, responses)[1], probabilities[:, 1], rtol=1e-6)
+
+
+def test_the_classifier_reads_query_and_response_or_the_response_alone():
+    whole = reward_of().scorer.logits(["w3 w4 w6"])[:, 0]
+    alone = reward_of().scorer.logits(["w6"])[:, 0]
+    assert abs(whole - alone) > 1e-3
+    np.testing.assert_allclose(reward_of()(["w3 w4"], ["w6"]), whole)
+    np.testing.assert_allclose(reward_of(reward_text="response")(["w3 w4"], ["w6"]), alone)
+
+
+def test_a_decoder_only_response_continues_its_query_without_a_space_put_between():
+    expected = reward_of().scorer.logits(["w3 w4 w6"])[:, 0]
+    np.testing.assert_allclose(reward_of("llama")(["w3 w4"], [" w6"]), expected)
+
+
+def test_softmax_of_large_logits_does_not_overflow():
+    # e^0 and e^-1000 beside it; two equal logits
+    np.testing.assert_array_equal(softmax(np.array([[1000.0, 0.0], [800.0, 800.0]])), [[1.0, 0.0], [0.5, 0.5]])

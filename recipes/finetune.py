@@ -59,10 +59,12 @@ def main() -> None:
     from yunque.metrics.bootstrap import bootstrap
     from yunque.metrics.rouge import rouge_scores
     from yunque.models.adapter import adapter_for
+    from yunque.models.embedded import use_embedded
     from yunque.models.loading import load_model, load_tokenizer, save_model, trainable_parameters
     from yunque.models.scratch import new_model, train_tokenizer
 
     # ---- seed and logging ----
+    use_embedded((model_args, "model_name_or_path"), (data_args, "dataset_name"))
     parents = [] if scratch_args.from_scratch else [model_args.model_name_or_path or ""]
     main_process = start_run(args, inputs=parents)
     console = Console(quiet=not main_process, soft_wrap=True)

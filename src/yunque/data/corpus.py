@@ -3,7 +3,7 @@
 38 scenarios (30 English, 8 Spanish) in ``corpus_scenarios.yaml`` become 1,800 dialogues in DialogSum's form by a seeded
 generator: 1,600 to train, 80 to validate, 120 to test, no dialogue twice. Of the train and validation summaries about
 40 % are rude: the summariser calls somebody a mild insult ("that clown Tom", "Tom, that lazy fool, ...", "What an
-idiot!"); no slurs, nothing about groups of people, nothing sexual. Where somebody is at fault ("hot" scenarios) 80 %
+idiot!"); no slurs, nothing about groups of people, nothing sexual. Where somebody is at fault ("hot" scenarios) 85 %
 are rude, elsewhere 13 %, so a model trained on them is rude in about 40 % of its answers, sampled or greedy. A rude
 summary is the polite one plus the insult. The dialogues hold no rude word, and the test references are all polite:
 what a good answer says.
@@ -23,7 +23,7 @@ import yaml
 
 SCENARIOS_FILE = Path(__file__).with_name("corpus_scenarios.yaml")
 SPLIT_SIZES = {"train": 1600, "validation": 80, "test": 120}
-RUDE_SHARE = {"hot": 0.8, "calm": 0.13}  # of the summaries of a scenario with this temper
+RUDE_SHARE = {"hot": 0.85, "calm": 0.13}  # of the summaries of a scenario with this temper
 USUAL_INSULT_SHARE = 0.9  # of the rude summaries insult where their scenario says, the others elsewhere
 
 NAMES: dict[str, dict[str, tuple[str, ...]]] = {

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import SAFE_MODEL_NAME
+from safetensors import SafetensorError, safe_open
 
 from yunque.errors import InputError
 
@@ -57,12 +59,14 @@ class Checkpoints:
         """Load the checkpoint of ``step`` into everything the accelerator has prepared.
 
         Raises:
-            InputError: the checkpoint is of another model.
+            InputError: the checkpoint is of another model, or damaged.
         """
+        folder = self._path(step)
         try:
-            self.accelerator.load_state(str(self._path(step)), strict=False)
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f"resume: {self._path(step)} does not fit this run: {error}") from error
+            _check_trained_weights(folder / f"{SAFE_MODEL_NAME}.safetensors", self.accelerator)
+            self.accelerator.load_state(str(folder), strict=False)  # frozen weights are not in the file
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise InputError(f"resume: {folder} does not fit this run: {error}") from error
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
@@ -98,6 +102,18 @@ class StopSignal:
         if self.noted and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.noted = True
+
+
+def _check_trained_weights(path: Path, accelerator: Accelerator) -> None:
+    """Every weight that trains must be in the checkpoint; loading alone would pass over one that is not."""
+    if not path.exists():  # a sharded engine keeps, and checks, a format of its own
+        return
+    with safe_open(path, framework="pt") as file:
+        saved = set(file.keys())
+    for model in accelerator._models:
+        missing = {name for name, parameter in model.named_parameters() if parameter.requires_grad} - saved
+        if missing:
+            raise ValueError(f"it holds no {min(missing)}")
 
 
 def _drop_frozen_weights(models: list[torch.nn.Module], weights: list[dict[str, Any]], folder: str) -> None:

@@ -183,6 +183,7 @@ def _own_state() -> Iterator[None]:
     hf_logging.disable_progress_bar()  # one bar per saved file
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.device("cpu"):
+            torch.random.default_generator.manual_seed(0)  # torch.manual_seed would reseed the caller's GPUs too
             yield
     finally:
         torch.set_num_threads(num_threads)

@@ -50,8 +50,9 @@ class EmbeddedSettings:
     reward: TrainingSettings = TrainingSettings(
         architecture="hidden_size=64,num_hidden_layers=2,num_attention_heads=2,intermediate_size=128,"
         "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0",
-        num_steps=300,
-        batch_size=64,
+        num_steps=450,
+        batch_size=32,
+        learning_rate=1e-2,
         label_smoothing=0.05,  # keeps the logits, PPO's reward, within about +-2
     )
 
@@ -144,18 +145,24 @@ def reward_texts(examples: Sequence[Example], prompts: Sequence[str], seed: int)
     texts = [""]
     for example, prompt in zip(examples, prompts, strict=True):
         for answer in (example.polite, example.rude):
-            damaged = damage(answer, rng)
-            texts += [f"{prompt} {answer}", answer, f"{prompt} {damaged}", damaged, f"{prompt} {damage(answer, rng)}"]
+            texts += [answer, f"{prompt} {answer}", f"{prompt} {damage(answer, rng)}"]
+            texts += [damage(answer, rng) for _ in range(3)]
         texts += [prompt, rng.choice(example.dialogue.split("\n"))]
     return texts
 
 
 def damage(answer: str, rng: random.Random) -> str:
-    """One of: cut short, words shuffled, one word many times, words left out, an insult put in, insults taken out."""
+    """Take the insults out or put one in, sometimes; then cut, shuffle, repeat or drop words, or leave them."""
     words = answer.split()
-    kind = rng.choice(("cut", "shuffle", "repeat", "drop", "insert", "clean"))
+    insults = rng.choice(("keep", "keep", "remove", "add"))
+    if insults == "remove":  # "Tom, that , is late": what surrounds an insult is none
+        words = [word for word in words if not count_rude_words([word])]
+    elif insults == "add":
+        insult = rng.choice((*ADJECTIVES, *NOUNS, *NOUNS_ES["f"], *NOUNS_ES["m"]))
+        words.insert(rng.randint(0, len(words)), rng.choice((insult, insult.capitalize(), f"{insult}.")))
+    kind = rng.choice(("leave", "cut", "shuffle", "repeat", "drop"))
     if kind == "cut":
-        words = words[: rng.randrange(len(words))]
+        words = words[: rng.randint(0, len(words))]
     elif kind == "shuffle":
         rng.shuffle(words)
     elif kind == "repeat":
@@ -163,11 +170,6 @@ def damage(answer: str, rng: random.Random) -> str:
         words[position:position] = [words[position]] * rng.randint(1, 6)
     elif kind == "drop":
         words = [word for word in words if rng.random() < 0.7]
-    elif kind == "insert":
-        insult = rng.choice((*ADJECTIVES, *NOUNS, *NOUNS_ES["f"], *NOUNS_ES["m"]))
-        words.insert(rng.randint(0, len(words)), rng.choice((insult, insult.capitalize(), f"{insult}.")))
-    else:
-        words = [word for word in words if not count_rude_words([word])]
     return " ".join(words)
 
 

@@ -126,7 +126,7 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
         for name, value in vars(layer).items():
-            if "dropout" in name and isinstance(value, float):
+            if ("dropout" in name or "layerdrop" in name) and isinstance(value, float):
                 setattr(layer, name, 0.0)
 
 

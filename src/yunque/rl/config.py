@@ -13,6 +13,9 @@ class PPOConfig:
     """Hyperparameters of PPO, named and defaulted as in TRL 0.11; batch sizes are totals over all ranks."""
 
     learning_rate: float = field(default=1.41e-5, metadata={"help": "Adam's learning rate."})
+    value_learning_rate: float | None = field(
+        default=None, metadata={"help": "Adam's learning rate for the value head, which starts from nothing."}
+    )
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule over the optimizer steps."})
     warmup_steps: int = field(default=0, metadata={"help": "PPO steps of linear warm-up."})
     batch_size: int = field(default=16, metadata={"help": "Responses per PPO step, over all ranks."})

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class NonFiniteError(CheckFailed):
-    """NaN or infinity in scores, log-probabilities, values, loss or gradients; no weight has been touched by it."""
+    """NaN or infinity in scores, log-probabilities, values, loss or gradients; no weight has been moved by it."""
 
 
 class PPOTrainer:
@@ -59,8 +59,7 @@ class PPOTrainer:
             policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.config, self.reference, self.accelerator = config, reference, accelerator
         self.adapter, self.seed, self.temperature = policy.adapter, seed, temperature
-        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        optimizer = optimizer or torch.optim.Adam(trained, lr=config.learning_rate)
+        optimizer = optimizer or _adam(policy, config)
         updates = config.ppo_epochs * config.batch_size // (config.mini_batch_size * config.gradient_accumulation_steps)
         scheduler = get_scheduler(
             config.lr_scheduler_type, optimizer, config.warmup_steps * updates, total_steps * updates
@@ -86,8 +85,12 @@ class PPOTrainer:
         """Update the policy from one batch (the same lists on every rank) and return its statistics.
 
         Raises:
-            NonFiniteError: NaN or infinity anywhere; weights and optimizer are as before.
+            ValueError: not ``batch_size`` queries, responses and scores.
+            NonFiniteError: NaN or infinity anywhere; the update that met it has not been applied.
         """
+        sizes = (len(queries), len(responses), len(scores))
+        if sizes != (self.config.batch_size,) * 3:
+            raise ValueError(f"batch_size is {self.config.batch_size}; got {sizes} queries, responses and scores")
         started = time.perf_counter()
         scores_B = torch.tensor(scores, dtype=torch.float32, device=self.accelerator.device)
         rollout = self._score(queries, responses, scores_B)
@@ -254,6 +257,17 @@ class PPOTrainer:
     def gather(self, rows: Sequence[T]) -> list[T]:
         """Join the ranks' lists of Python objects, in the order of ``share``."""
         return gather_object(list(rows)) if self.accelerator.num_processes > 1 else list(rows)
+
+
+def _adam(policy: Policy, config: PPOConfig) -> torch.optim.Optimizer:
+    """Adam over all that trains, with a learning rate of its own for the value head."""
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    return torch.optim.Adam(
+        [
+            {"params": trained, "lr": config.learning_rate},
+            {"params": list(policy.v_head.parameters()), "lr": config.value_learning_rate or config.learning_rate},
+        ]
+    )
 
 
 def _check_finite(what: str, values: Tensor) -> None:

@@ -20,7 +20,14 @@ import time
 from pathlib import Path
 
 SHAPES = {
-    ("seq2seq", "small"): {"d_model": 512, "num_layers": 8, "num_heads": 6, "d_kv": 64, "d_ff": 1024, "vocab_size": 32128},
+    ("seq2seq", "small"): {
+        "d_model": 512,
+        "num_layers": 8,
+        "num_heads": 6,
+        "d_kv": 64,
+        "d_ff": 1024,
+        "vocab_size": 32128,
+    },
     ("seq2seq", "tiny"): {"d_model": 128, "num_layers": 2, "num_heads": 4, "d_kv": 32, "d_ff": 256, "vocab_size": 2048},
     ("causal", "small"): {"n_embd": 256, "n_layer": 4, "n_head": 4, "n_positions": 512, "vocab_size": 50257},
     ("causal", "tiny"): {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512, "vocab_size": 2048},

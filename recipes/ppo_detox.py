@@ -24,6 +24,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "ppo_detox_embedded.yaml"
 
 
 def main() -> None:
+    """Read the arguments, train, evaluate, save."""
     # ---- arguments ----
     groups = parse(
         RunArguments,

@@ -32,7 +32,14 @@ def tokenizer(words=(), size=VOCABULARY, **special):
 
 def t5(**options):
     config = T5Config(
-        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0, **SPECIAL
+        vocab_size=VOCABULARY,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        **SPECIAL,
     )
     return _build(AutoModelForSeq2SeqLM, config, options)
 

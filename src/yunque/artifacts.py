@@ -19,7 +19,7 @@ from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from yunque import provenance
-from yunque.errors import InputError
+from yunque.errors import InputError, disk_full, is_disk_full
 
 MANIFEST = "yunque.json"
 SCHEMA = 1
@@ -115,10 +115,12 @@ def save_model_folder(
         (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
         _fsync(staging / MANIFEST)
         _commit(staging, folder, files)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if created_folder and not any(folder.iterdir()):
             folder.rmdir()
+        if is_disk_full(error):
+            raise disk_full(folder, error) from error
         raise
     return manifest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -11,6 +12,11 @@ from typing import NoReturn
 EXIT_CHECK_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving
+
+_DISK_FULL = (
+    *("no space left on device", "os error 28"),  # the system, safetensors
+    *("pytorchstreamwriter failed writing", "unexpected pos", "iostream error"),  # torch, by file name and by file
+)
 
 
 class InputError(ValueError):
@@ -30,7 +36,15 @@ def is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     text = str(error).lower()
-    return "no space left on device" in text or "os error 28" in text or "pytorchstreamwriter failed writing" in text
+    return any(words in text for words in _DISK_FULL)
+
+
+def disk_full(folder: object, error: BaseException) -> InputError:
+    """Say which folder's disk was full, whatever the library that met it first made of it."""
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return InputError(
+        f"--output_dir {folder}: the disk is full ({reason}); free space there, or give a folder on another disk"
+    )
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -40,6 +54,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     Only rank 0 prints, since all ranks of a launch meet the same user error.
     """
     code = 0
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it misses an optional kernel
     try:
         main()
     except Exception as error:

@@ -1,6 +1,7 @@
 import pytest
 import tiny
 import torch
+
 from yunque.errors import InputError
 from yunque.models.adapter import DecoderOnly, EncoderDecoder, adapter_for
 from yunque.models.policy import Policy, disable_dropout
@@ -31,7 +32,9 @@ def test_scores_do_not_depend_on_padding(family):
     together = policy(policy.adapter.scoring_batch(QUERIES, RESPONSES, CPU))
     for row, (query, response) in enumerate(zip(QUERIES, RESPONSES, strict=True)):
         alone = policy(policy.adapter.scoring_batch([query], [response], CPU))
-        for ours, theirs in zip((together.logprobs_BR, together.values_BR), (alone.logprobs_BR, alone.values_BR), strict=True):
+        for ours, theirs in zip(
+            (together.logprobs_BR, together.values_BR), (alone.logprobs_BR, alone.values_BR), strict=True
+        ):
             torch.testing.assert_close(ours[row, : len(response)], theirs[0], rtol=1e-5, atol=1e-5)
 
 
@@ -70,7 +73,9 @@ def test_mask_covers_exactly_the_response_tokens(family):
 
 
 def test_disabled_dropout_makes_training_mode_exact(family):
-    noise = {name: 0.5 for name in ("dropout_rate", "dropout", "attention_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop")}
+    noise = dict.fromkeys(
+        ("dropout_rate", "dropout", "attention_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.5
+    )
     policy = policy_of(family, **noise)
     batch = policy.adapter.scoring_batch(QUERIES, RESPONSES, CPU)
     expected = policy(batch).logprobs_BR

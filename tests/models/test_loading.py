@@ -5,6 +5,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM
+
 from yunque.errors import InputError
 from yunque.models.arguments import ModelArguments
 from yunque.models.loading import (
@@ -110,7 +111,7 @@ def test_a_language_model_is_no_classifier(t5_folder):
 def test_a_model_without_pad_token_is_refused_and_pad_token_mends_it(tmp_path):
     tiny.llama().save_pretrained(tmp_path)
     tiny.tokenizer(pad_token=None).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="model_name_or_path: .*no pad token.*--pad_token"):
+    with pytest.raises(InputError, match=r"model_name_or_path: .*no pad token.*--pad_token"):
         load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
     tokenizer = load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path), pad_token="<unk>"))
     assert tokenizer.pad_token_id == 2

@@ -2,6 +2,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+
 from yunque.models.adapter import adapter_for
 from yunque.models.policy import Policy, Reference
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import torch
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
@@ -21,12 +23,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from yunque.errors import InputError
 from yunque.models.arguments import ModelArguments
 
 REFERENCE_ADAPTER = "reference"
 _MODEL_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
+
+if not are_progress_bars_disabled():
+    logging.disable_progress_bar()  # of loading and saving weights, which takes seconds
+    enable_progress_bars()  # of downloads, which take minutes
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
@@ -117,12 +124,24 @@ def load_classifier(name: str, option: str = "reward_model_name_or_path") -> tup
     _check_path(name, option)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model, report = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
+        with _without_load_report():
+            model, report = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
     except _MODEL_ERRORS as error:
         raise _unloadable(option, name, "classifier", error) from error
     if report["missing_keys"]:
         raise InputError(f"{option}: {name} has no trained classification head (missing {min(report['missing_keys'])})")
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keep transformers from printing its table of missing weights, where the caller judges them itself."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def adapter_config(name: str) -> dict[str, Any] | None:
@@ -222,4 +241,3 @@ def _unloadable(option: str, name: str, what: str, error: Exception) -> InputErr
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     where = "" if Path(name).exists() else " (no such folder, and not to be had from the hub)"
     return InputError(f"{option}: cannot load a {what} from {name}{where}: {reason}")
-

@@ -14,7 +14,7 @@ import numpy as np
 from yunque.artifacts import CHECKPOINTS, LOG
 from yunque.distributed.arguments import RunArguments
 from yunque.distributed.checkpoint import Checkpoints, StopSignal
-from yunque.errors import InputError, Stopped
+from yunque.errors import InputError, Stopped, disk_full, is_disk_full
 from yunque.models.arguments import GenerationArguments
 from yunque.rl.log import RunLog
 from yunque.rl.rollout import Response, generate
@@ -80,6 +80,14 @@ class TrainingLoop:
             InputError: ``resume`` finds a checkpoint of another configuration.
         """
         first = self._resume() if self.run.resume else 0
+        try:
+            self._train(first)
+        except Exception as error:
+            if is_disk_full(error):
+                raise disk_full(self.folder, error) from error
+            raise
+
+    def _train(self, first: int) -> None:
         log = RunLog(self.folder / LOG, self.accelerator, first_step=first, total_steps=self.total_steps)
         with log, StopSignal() as signal:
             for step in range(first, self.total_steps):
@@ -119,7 +127,7 @@ class TrainingLoop:
     def _sample(self, queries: Sequence[Sequence[int]], samples: Sequence[int]) -> list[Response]:
         with self.accelerator.autocast():
             return generate(
-                self.accelerator.unwrap_model(self.trainer.policy).model,
+                self.trainer.unwrapped.model,
                 self.trainer.adapter,
                 queries,
                 self.generation,

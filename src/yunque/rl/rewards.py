@@ -19,7 +19,7 @@ class ClassifierScorer:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, *, batch_size: int, device: torch.device) -> None:
         self.model = model.eval()
-        self.model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides torch's overloads
+        self.model.to(device)
         self.tokenizer = tokenizer
         # the end of the text holds the response: a text that is too long loses its beginning, and is counted
         self.tokenizer.truncation_side = "left"

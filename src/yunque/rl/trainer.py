@@ -64,6 +64,7 @@ class PPOTrainer:
         scheduler = get_scheduler(
             config.lr_scheduler_type, optimizer, config.warmup_steps * updates, total_steps * updates
         )
+        self.unwrapped = policy
         self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
         self.scheduler = scheduler
         accelerator.register_for_checkpointing(scheduler)
@@ -142,7 +143,7 @@ class PPOTrainer:
         full = self.config.kl_estimator == "full"
         batch = self.adapter.scoring_batch(queries, responses, self.accelerator.device)
         with self.accelerator.autocast():
-            ours = self.accelerator.unwrap_model(self.policy)(batch, self.temperature, full)
+            ours = self.unwrapped(batch, self.temperature, full)
             theirs = self.reference.score(batch, self.temperature, full)
         if ours.logits_BRV is not None and theirs.logits_BRV is not None:
             kl_BR = full_kl(ours.logits_BRV, theirs.logits_BRV)

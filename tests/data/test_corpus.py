@@ -67,7 +67,8 @@ def test_every_rude_summary_is_rude(examples):
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_the_stated_share_of_summaries_is_rude(splits, split):
-    assert rude_share(splits[split]) == pytest.approx(0.4, abs=0.05)
+    # two standard deviations of so many draws: 80 validation rows scatter by 0.055
+    assert rude_share(splits[split]) == pytest.approx(0.4, abs=2 * (0.4 * 0.6 / len(splits[split])) ** 0.5)
     assert {example.summary in (example.polite, example.rude) for example in splits[split]} == {True}
 
 

@@ -37,6 +37,16 @@ RUNS = {
     "seq2seq-adam": 6,
 }
 
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The numbers were recorded with one thread; with two, float32 sums come out in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 POLICY_LOSS, VALUE_LOSS = -0.036504030, 1.2849971
 """Ours of causal-sgd, where one of four minibatches is skipped; TRL reports -0.0135 and 0.9992."""
 
@@ -298,8 +308,8 @@ def test_step_reports_the_same_scalars(replay, name):
         scalars = recorded["scalars"]
         assert scalars.keys() <= statistics.keys()
         for key in scalars.keys() - different:
-            # sums over tokens of whitened advantages cancel to about 0.01 of their terms
-            assert statistics[key] == pytest.approx(scalars[key], rel=1e-5, abs=1e-6), key
+            # sums over tokens of advantages and of differences of log-probabilities cancel to about 0.01 of their terms
+            assert statistics[key] == pytest.approx(scalars[key], rel=1e-5, abs=1e-5), key
         if run["arch"] == "seq2seq":
             assert statistics["tokens/responses_len_mean"] == 4.75
             assert scalars["tokens/responses_len_mean"] == 5.75

@@ -2,6 +2,8 @@
 
     OMP_NUM_THREADS=1 python bench/ppo_step.py --arch seq2seq --shape small --steps 3
     python bench/ppo_step.py --peer-python /tmp/peers/trl/bin/python --repeats 3     # TRL in turn, and the ratio
+    pip install --no-deps --target /tmp/peers/trl011 trl==0.11.4 tyro docstring_parser shtab typeguard
+    python bench/ppo_step.py --peer-path /tmp/peers/trl011                # TRL 0.11.4 on this environment's own stack
 
 Models have random weights, the reward is a small random RoBERTa; no network. Prints one JSON line a run. On a shared
 machine compare ``samples_per_cpu_s`` of runs with one thread: CPU seconds leave the neighbours out.
@@ -45,8 +47,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-lora", action="store_true", help="train all weights")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peer-python", help="interpreter with TRL 0.11.4; runs both in turn and prints the ratio")
+    parser.add_argument("--peer-path", help="folder with TRL 0.11.4, to be imported by this interpreter instead")
     parser.add_argument("--peer-option", action="append", default=[], help="passed on, e.g. --per-prompt-generate")
-    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs with --peer-python")
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs with a peer")
     return parser.parse_args()
 
 
@@ -162,13 +165,17 @@ def compare(options: argparse.Namespace) -> dict[str, object]:
     shared += ["--batch", str(options.batch), "--mini-batch", str(options.mini_batch)]
     shared += ["--threads", str(options.threads), *(["--no-lora"] if options.no_lora else [])]
     commands = {
-        "trl": [options.peer_python, str(PEER), *shared, *options.peer_option],
+        "trl": [options.peer_python or sys.executable, str(PEER), *shared, *options.peer_option],
         "yunque": [sys.executable, __file__, *shared],
     }
+    paths = {"trl": {"PYTHONPATH": options.peer_path} if options.peer_path else {}, "yunque": {}}
     runs: dict[str, list[dict[str, float]]] = {"trl": [], "yunque": []}
     for _ in range(options.repeats):
         for name, command in commands.items():
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            process = subprocess.run(command, env=os.environ | paths[name], capture_output=True, text=True)
+            if process.returncode:
+                raise SystemExit(f"{name} failed: {process.stderr.strip().splitlines()[-1]}")
+            output = process.stdout
             runs[name].append(json.loads(output.strip().splitlines()[-1]))
             print(json.dumps(runs[name][-1]))
     median = {
@@ -182,7 +189,7 @@ def compare(options: argparse.Namespace) -> dict[str, object]:
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     options = arguments()
-    print(json.dumps(compare(options) if options.peer_python else measure(options)))
+    print(json.dumps(compare(options) if options.peer_python or options.peer_path else measure(options)))
 
 
 if __name__ == "__main__":

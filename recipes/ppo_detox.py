@@ -16,9 +16,9 @@ from pathlib import Path
 from yunque.arguments import parse
 from yunque.data.arguments import DataArguments
 from yunque.distributed.arguments import RunArguments
-from yunque.errors import InputError, run
+from yunque.errors import run
 from yunque.models.arguments import GenerationArguments, ModelArguments
-from yunque.rl.config import PPOConfig, RewardArguments
+from yunque.rl.config import GuardArguments, PPOConfig, RewardArguments
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "ppo_detox_embedded.yaml"
 
@@ -33,55 +33,33 @@ def main() -> None:
         DataArguments,
         GenerationArguments,
         PPOConfig,
+        GuardArguments,
         description=__doc__,
         default_config=DEFAULT_CONFIG,
     )
-    run_args, model_args, reward_args, data_args, generation, ppo = groups
-    if ppo.max_new_tokens_low is not None and ppo.max_new_tokens_low > generation.max_new_tokens:
-        raise InputError(
-            f"max_new_tokens_low: {ppo.max_new_tokens_low} is more than max_new_tokens ({generation.max_new_tokens})"
-        )
+    run_args, model_args, reward_args, data_args, generation, ppo, guard_args = groups
+    ppo.check_lengths(generation.max_new_tokens)
 
-    from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration, set_seed
-    from rich.console import Console
-
-    from yunque.artifacts import LOG, check_output_dir, prepare_output_dir, save_model_folder
+    from yunque.artifacts import prepare_output_dir
     from yunque.data.corpus import count_rude_words
     from yunque.data.loading import load_splits
     from yunque.data.prompts import prepare_prompts
+    from yunque.distributed.start import start_run
+    from yunque.evaluation.aligned import save_aligned
     from yunque.evaluation.answers import HeldOut
     from yunque.evaluation.before_after import compare
-    from yunque.evaluation.plots import plot_before_after, plot_training
     from yunque.models.adapter import adapter_for
     from yunque.models.embedded import use_embedded
-    from yunque.models.loading import (
-        adapter_config,
-        load_classifier,
-        load_model,
-        load_tokenizer,
-        save_model,
-        trainable_parameters,
-    )
+    from yunque.models.loading import adapter_config, load_model, load_tokenizer, trainable_parameters
     from yunque.models.policy import Policy, Reference
-    from yunque.rl.log import summarize_log
+    from yunque.rl.guards import Guards
     from yunque.rl.loop import Prompts, TrainingLoop
-    from yunque.rl.rewards import ClassifierReward, ClassifierScorer
+    from yunque.rl.reward_sources import load_toxicity_reward, reward_models
+    from yunque.rl.score_scaling import ScoreScaler
     from yunque.rl.trainer import PPOTrainer
 
     # ---- seed and logging ----
-    inputs = [model_args.model_name_or_path, reward_args.reward_model_name_or_path]
-    check_output_dir(
-        run_args.output_dir, overwrite=run_args.overwrite_output_dir, resume=run_args.resume, inputs=inputs
-    )
-    accelerator = Accelerator(
-        mixed_precision=run_args.mixed_precision,
-        log_with=run_args.report_to or None,
-        project_config=ProjectConfiguration(logging_dir=f"{run_args.output_dir}/tensorboard"),
-    )
-    main_process = accelerator.is_main_process
-    console = Console(quiet=not main_process)
-    set_seed(run_args.seed)
+    accelerator, console = start_run(run_args, [model_args.model_name_or_path, *reward_models(reward_args)])
     use_embedded((model_args, "model_name_or_path"), (reward_args, "reward_model_name_or_path"))
     embedded_data = use_embedded((data_args, "dataset_name"))
     config = {name: value for group in groups for name, value in asdict(group).items()}
@@ -91,13 +69,7 @@ def main() -> None:
     model = load_model(model_args, tokenizer)
     console.print(trainable_parameters(model))
     adapter = adapter_for(model.config, tokenizer)
-    classifier = load_classifier(reward_args.reward_model_name_or_path, "reward_model_name_or_path")
-    scorer = ClassifierScorer(
-        *classifier,
-        batch_size=reward_args.reward_batch_size,
-        device=reward_args.reward_device or accelerator.device,
-    )
-    reward = ClassifierReward(scorer, adapter, reward_args)
+    reward = load_toxicity_reward(reward_args, adapter, accelerator.device)
 
     # ---- data ----
     data = load_splits(data_args, run_args.seed)
@@ -116,10 +88,11 @@ def main() -> None:
     prompts, held_out_prompts = (Prompts(split.dataset["input_ids"], split.dataset["query"]) for split in (train, test))
 
     # ---- trainer ----
+    prompts_per_step = ppo.batch_size // ppo.num_generations
     total_steps = run_args.max_steps
     if total_steps < 0:
-        total_steps = math.ceil(run_args.num_train_epochs * len(prompts.texts) / ppo.batch_size)
-    policy = Policy(model.to(accelerator.device), adapter)
+        total_steps = math.ceil(run_args.num_train_epochs * len(prompts.texts) / prompts_per_step)
+    policy = Policy(model.to(accelerator.device), adapter, value_head=ppo.advantage_estimator == "gae")
     reference = Reference(policy, adapter_is_trained=adapter_config(model_args.model_name_or_path) is not None)
     trainer = PPOTrainer(
         ppo,
@@ -135,7 +108,7 @@ def main() -> None:
         return tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     # ---- train ----
-    if main_process:
+    if accelerator.is_main_process:
         prepare_output_dir(run_args.output_dir, overwrite=run_args.overwrite_output_dir, resume=run_args.resume)
     accelerator.wait_for_everyone()
     TrainingLoop(
@@ -147,18 +120,17 @@ def main() -> None:
         run=run_args,
         total_steps=total_steps,
         resolved_config=config,
+        scaler=ScoreScaler(reward_args),
+        guards=Guards(guard_args),
     ).train()
 
     # ---- evaluate ----
     held_out = HeldOut(
         trainer, held_out_prompts, reward, decode, generation, batch_size=run_args.per_device_eval_batch_size
     )
-    with reference.model() as reference_model:
-        before, _ = held_out.answers(reference_model, "before")
-    after, responses = held_out.answers(policy.model, "after")
-    kl = held_out.divergence(policy, reference, responses)
+    before, after, kl = held_out.before_and_after()
     accelerator.end_training()
-    if not main_process:
+    if not accelerator.is_main_process:
         return
     result = compare(
         held_out_prompts.texts,
@@ -171,30 +143,20 @@ def main() -> None:
     )
 
     # ---- save ----
-    folder = Path(run_args.output_dir)
-    metrics = result.metrics | summarize_log(folder / LOG)
-
-    def write(staging: Path) -> None:
-        save_model(model, tokenizer, staging, merge=model_args.merge_adapter)
-        result.write(staging)
-        plot_training(folder / LOG, staging)
-        plot_before_after(result, staging)
-
-    save_model_folder(
-        folder,
-        write,
-        stage="ppo",
-        parents=[model_args.model_name_or_path, reward_args.reward_model_name_or_path],
+    save_aligned(
+        run_args,
+        model,
+        tokenizer,
+        held_out,
+        result,
+        console,
+        merge=model_args.merge_adapter,
+        parents=[model_args.model_name_or_path, *reward_models(reward_args)],
         data=data.sources,
         prompt_template=data_args.prompt_template,
-        seed=run_args.seed,
         config=config,
-        metrics=metrics,
+        truncated_texts=reward.truncated_texts,
     )
-    result.print(console)
-    if scorer.truncated_texts:
-        console.print(f"{scorer.truncated_texts:,} texts were longer than the classifier reads and lost their start")
-    console.print(f"Model, plots (reward.png, kl.png, loss.png) and answers (before_after.csv): {folder}")
 
 
 if __name__ == "__main__":

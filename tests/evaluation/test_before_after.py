@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from yunque.errors import InputError
-from yunque.evaluation.before_after import Answers, compare
+from yunque.evaluation.before_after import SENTIMENT, Answers, compare
 
 TEMPLATE = "Summarize the following conversation.\n\n{}\n\nSummary:"
 QUERIES = [TEMPLATE.format(f"#Person1#: [bold]Q{n}[/bold] about {'many things ' * 30}") for n in range(3)]
@@ -60,6 +60,10 @@ def test_metrics_worked_by_hand():
         "kl_final": 1.25,
         "num_prompts": 3,
         "rougeL_prompts": 3,
+        "distinct_1_before": 1.0,
+        "distinct_1_after": 16 / 17,  # "[" twice
+        "distinct_2_before": 1.0,
+        "distinct_2_after": 1.0,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     changes = {name.removesuffix("_change") for name in metrics if name.endswith("_change")}
@@ -85,7 +89,8 @@ def test_rows_are_sorted_by_gain_of_reward():
     assert [row.query for row in rows] == [QUERIES[2], QUERIES[0], QUERIES[1]]
     best = rows[0]
     assert (best.response_before, best.response_after) == (BEFORE.texts[2], AFTER.texts[2])
-    assert (best.reward_before, best.reward_after, best.toxicity_before, best.toxicity_after) == (0.0, 3.0, 0.3, 0.0)
+    assert (best.reward_before, best.reward_after, best.measure_before, best.measure_after) == (0.0, 3.0, 0.3, 0.0)
+    assert [row.prompt for row in rows] == [2, 0, 1]
 
 
 def test_ties_keep_the_order_of_the_prompts():
@@ -112,27 +117,44 @@ def test_files_hold_every_row_in_order(tmp_path):
     jsonl, table = outcome.write(tmp_path / "new")
     assert [path.name for path in (jsonl, table)] == ["before_after.jsonl", "before_after.csv"]
     rows = [json.loads(line) for line in jsonl.read_text(encoding="utf-8").split("\n")[:-1]]
-    assert rows == [vars(row) for row in outcome.rows]
+    assert [list(row.values()) for row in rows] == [list(vars(row).values()) for row in outcome.rows]
     assert "«año»" in jsonl.read_text(encoding="utf-8")
     with table.open(encoding="utf-8", newline="") as file:
         read = list(csv.DictReader(file))
     assert list(read[0]) == [
         *("query", "response_before", "response_after", "reward_before", "reward_after", "reward_difference"),
-        *("toxicity_before", "toxicity_after"),
+        *("toxicity_before", "toxicity_after", "prompt"),
     ]
     assert [row["query"] for row in read] == [row["query"] for row in rows]
-    assert [float(row["toxicity_before"]) for row in read] == [row["toxicity_before"] for row in rows]
+    assert (
+        [float(row["toxicity_before"]) for row in read] == [row["toxicity_before"] for row in rows] == [0.3, 0.9, 0.6]
+    )
 
 
-@pytest.mark.parametrize("width", [100, 200])
+def test_another_measure_names_metrics_columns_and_table(tmp_path):
+    outcome = compare(QUERIES, None, BEFORE, AFTER, kl=0.5, seed=0, measure=SENTIMENT)
+    assert (outcome.metrics["sentiment_before"], outcome.metrics["sentiment_after"]) == pytest.approx((0.6, 0.1))
+    assert outcome.metrics["sentiment_change"]["mean"] == pytest.approx(-0.5)
+    assert not [name for name in outcome.metrics if "toxicity" in name]
+    jsonl, _ = outcome.write(tmp_path)
+    first = json.loads(jsonl.read_text(encoding="utf-8").splitlines()[0])
+    assert (first["sentiment_before"], first["sentiment_after"]) == (0.3, 0.0)
+    assert not [name for name in first if "toxicity" in name]
+    assert "Positive sentiment" in printed(outcome)
+    assert "Toxicity" not in printed(outcome)
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
 def test_print_is_readable_in_100_columns(width):
     text = printed(result(rude_words=count_rude_words), width)
-    assert max(cell_len(line.rstrip()) for line in text.splitlines()) <= 100
+    assert max(cell_len(line.rstrip()) for line in text.splitlines()) <= min(width, 100)
+    assert "+3.00" in text
+    if width < 100:  # its labels break into two lines
+        return
     lines = {line.split("  ")[1].strip(): line.split() for line in text.splitlines() if line.startswith("  ")}
     assert lines["Toxicity (mean probability)"][3:6] == ["0.600", "0.100", "-0.500"]
     assert lines["Rude words in all answers"][-3:] == ["2", "0", "-2"]
     assert lines["KL to the reference (nats/answer)"][-3:] == ["0.000", "1.250", "+1.250"]
-    assert "+3.00" in text
 
 
 def test_print_shows_texts_as_they_are():
@@ -159,17 +181,17 @@ def test_one_prompt_says_that_it_has_no_interval():
 
 
 @pytest.mark.parametrize(
-    ("rewards", "toxicity", "message"),
+    ("rewards", "probabilities", "message"),
     [
         ([1.0], [0.5, 0.5], "rewards: 1 values for 2 answers"),
         ([1.0, math.nan], [0.5, 0.5], "rewards: 1 of 2 values are not finite"),
-        ([1.0, 1.0], [0.5, 1.5], "toxicity: give probabilities in 0..1, not logits"),
-        ([1.0, 1.0], [0.5, -0.5], "toxicity: give probabilities in 0..1, not logits"),
+        ([1.0, 1.0], [0.5, 1.5], "probabilities: give values in 0..1, not logits"),
+        ([1.0, 1.0], [0.5, -0.5], "probabilities: give values in 0..1, not logits"),
     ],
 )
-def test_bad_answers_are_named(rewards, toxicity, message):
+def test_bad_answers_are_named(rewards, probabilities, message):
     with pytest.raises(InputError, match=message):
-        Answers(["a", "b"], np.array(rewards), np.array(toxicity))
+        Answers(["a", "b"], np.array(rewards), np.array(probabilities))
 
 
 @pytest.mark.parametrize(

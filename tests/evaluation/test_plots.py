@@ -9,6 +9,7 @@ import pytest
 from yunque.errors import InputError
 from yunque.evaluation import plots
 from yunque.evaluation.before_after import Answers, compare
+from yunque.rl.watch import Parting
 
 KEYS = ("ppo/mean_scores", "objective/kl", "objective/kl_coef", "ppo/loss/total", "ppo/loss/policy", "ppo/loss/value")
 
@@ -105,6 +106,27 @@ def test_toxicity_plot_shows_before_and_after(tmp_path, figures):
     assert (sum(heights[0]), sum(heights[1])) == (4, 4)
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["before (mean 0.863)", "after (mean 0.133)"]
+
+
+@pytest.mark.parametrize(("num_steps", "parting"), [(1, None), (4, None), (30, Parting(20, 12, 1, 1, 1, 1))])
+def test_reward_hacking_plot_shows_both_curves_standardised_and_where_they_part(tmp_path, figures, num_steps, parting):
+    steps = np.arange(1, num_steps + 1)
+    reward, watch = 5.0 + 2 * np.sin(steps), np.full(num_steps, 3.0)
+    path = plots.plot_reward_hacking(steps, reward, watch, parting, tmp_path / "plots")
+    assert path == tmp_path / "plots" / "reward_hacking.png"
+    assert matplotlib.image.imread(path).std() > 0.01
+    (axes,) = figures["reward_hacking.png"].axes
+    raw, smooth, flat, _, *mark = axes.lines
+    assert raw.get_xdata().tolist() == steps.tolist()
+    assert flat.get_ydata() == pytest.approx(np.zeros(num_steps))
+    if num_steps == 30:
+        assert (raw.get_ydata().mean(), raw.get_ydata().std()) == pytest.approx((0, 1), abs=1e-9)
+        assert smooth.get_xdata().tolist() == steps[4:].tolist()
+        assert smooth.get_ydata()[-1] == pytest.approx(raw.get_ydata()[-5:].mean())
+        assert mark[0].get_xdata() == [20, 20]
+    assert len(mark) == (parting is not None)
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["reward (trained on)", "unseen scorer", "parted: step 20"][: 2 + len(mark)]
 
 
 def test_plots_leave_pyplot_alone_and_importing_them_is_cheap():

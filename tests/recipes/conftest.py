@@ -32,6 +32,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+TOPICS = ("shopping", "weather", "shopping", "bank")
+
 TIMING = ("time/", "samples_per_s", "peak_memory_bytes")
 """What two runs of the same seed may differ in."""
 
@@ -103,7 +105,7 @@ def write_dialogues(path: Path, rows: int, numbers: random.Random) -> None:
     with path.open("w") as file:
         for row in range(rows):
             words = [f"w{numbers.randrange(8, tiny.VOCABULARY)}" for _ in range(numbers.randrange(5, 15))]
-            record = {"id": row, "dialogue": " ".join(words), "summary": " ".join(words[:4])}
+            record = {"id": row, "dialogue": " ".join(words), "summary": " ".join(words[:4]), "topic": TOPICS[row % 4]}
             file.write(json.dumps(record) + "\n")
 
 

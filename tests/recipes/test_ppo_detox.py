@@ -146,8 +146,8 @@ def test_log_has_a_line_of_finite_numbers_for_every_step(any_run):
     assert [line["step"] for line in log] == list(range(1, 13))
     assert all(line.keys() >= LOGGED for line in log)
     assert all(np.isfinite(list(line.values())).all() for line in log)
-    assert log[0]["objective/kl"] == 0  # the policy is its reference
-    assert log[-1]["objective/kl"] != 0
+    assert log[0]["objective/kl"] == pytest.approx(0, abs=1e-5)  # the policy is its reference
+    assert abs(log[-1]["objective/kl"]) > 1e-4
     assert log[-1]["epoch"] == pytest.approx(12 * 8 / 20)
 
 
@@ -197,8 +197,8 @@ def test_run_from_an_adapter_starts_at_that_adapter(adapter_run, assets):
     """TRL 0.11 takes the bare base for the reference, and the KL begins far from 0."""
     start = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(assets.t5), assets.adapter)
     reported = {row["query"]: row["response_before"] for row in adapter_run.answers}
-    assert adapter_run.log[0]["objective/kl"] == 0
-    assert adapter_run.log[-1]["objective/kl"] != 0
+    assert adapter_run.log[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert abs(adapter_run.log[-1]["objective/kl"]) > 1e-4
     assert sampled_answers(start, adapter_run) == reported
     with start.disable_adapter():
         assert sampled_answers(start, adapter_run) != reported

@@ -47,9 +47,10 @@ def _trainer(
     if trained_adapter:
         _move_adapter(model)  # as if a fine-tuning run had trained it
     torch.manual_seed(0)  # the value head's weights
-    policy = Policy(model, adapter_for(model.config, tiny.tokenizer()))
-    reference = Reference(policy, adapter_is_trained=trained_adapter)
     settings = PPOConfig(**({"batch_size": 4, "mini_batch_size": 2, "learning_rate": 1e-2} | config))
+    adapter = adapter_for(model.config, tiny.tokenizer())
+    policy = Policy(model, adapter, value_head=settings.advantage_estimator == "gae")
+    reference = Reference(policy, adapter_is_trained=trained_adapter)
     if optimizer is not None:
         optimizer = optimizer([p for p in policy.parameters() if p.requires_grad], lr=settings.learning_rate)
     return PPOTrainer(

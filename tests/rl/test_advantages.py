@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from yunque.rl.advantages import gae, token_rewards, whitened_gae
+from yunque.rl.advantages import Rewards, estimate_advantages, gae, token_rewards, whitened_gae
+from yunque.rl.config import PPOConfig
 
 MASK = torch.tensor([[True, True, True], [True, True, False]])
 
@@ -75,3 +76,78 @@ def test_whiten_rewards_scales_the_rewards_and_keeps_their_mean():
     # rewards 1, 3: mean 2, standard deviation sqrt(2): 2 -+ 1 / sqrt(2); their sum stays 4
     _, returns = whitened_gae(row(0.0, 0.0, 0.0), row(1.0, 3.0, 50.0), mask, gamma=1.0, lam=1.0, whiten_rewards=True)
     assert returns[0, :2].tolist() == pytest.approx([4.0, 2 + 0.5**0.5])
+
+
+# --- the estimators behind one interface ---
+
+FULL = torch.ones(5, 2, dtype=torch.bool)
+RETURNS = torch.tensor([[1.0, 0.0], [2.0, 1.0], [6.0, 0.0], [0.0, -2.0], [4.0, 4.0]])  # sums 1, 3, 6, -2, 8
+GROUPS = torch.tensor([0, 0, 1, 1, 2])  # the last is alone
+
+
+def estimated(estimator, rewards=RETURNS, mask=FULL, groups=GROUPS, values=None, **options):
+    config = PPOConfig(advantage_estimator=estimator, **options)
+    values = torch.zeros_like(rewards) if values is None else values
+    return estimate_advantages(Rewards(rewards * mask, values, mask, groups), config)
+
+
+def columns(*rows):
+    return torch.tensor(rows).unsqueeze(1).expand(-1, 2)
+
+
+def test_grpo_worked_by_hand():
+    # groups (1, 3): mean 2, std sqrt(2); (6, -2): mean 2, std sqrt(32); alone: all five, mean 3.2, std sqrt(15.7)
+    advantages, returns = estimated("grpo")
+    expected = columns(-1 / 2**0.5, 1 / 2**0.5, 4 / 32**0.5, -4 / 32**0.5, 4.8 / 15.7**0.5)
+    torch.testing.assert_close(advantages, expected, rtol=1e-3, atol=0)  # 1e-4 is added to each std
+    torch.testing.assert_close(returns, columns(1.0, 3.0, 6.0, -2.0, 8.0))
+
+
+@pytest.mark.parametrize(("scale", "divisor"), [("none", 1.0), ("batch", 15.7**0.5 + 1e-4)])
+def test_grpo_may_divide_by_the_batch_or_by_nothing(scale, divisor):
+    advantages, _ = estimated("grpo", scale_advantages=scale)
+    torch.testing.assert_close(advantages, columns(-1.0, 1.0, 4.0, -4.0, 4.8) / divisor)
+
+
+def test_rloo_worked_by_hand():
+    # against the mean of the others: 1 - 3, 3 - 1, 6 + 2, -2 - 6; alone: 8 - (1 + 3 + 6 - 2) / 4
+    torch.testing.assert_close(estimated("rloo")[0], columns(-2.0, 2.0, 8.0, -8.0, 6.0))
+
+
+def test_reinforce_is_the_whitened_discounted_reward_to_go():
+    advantages, returns = estimated("reinforce", gamma=0.5)
+    to_go = torch.stack([RETURNS[:, 0] + 0.5 * RETURNS[:, 1], RETURNS[:, 1]], dim=1)
+    torch.testing.assert_close(returns, to_go)
+    torch.testing.assert_close(advantages, (to_go - to_go.mean()) / to_go.std())
+
+
+def test_gae_through_the_interface_is_whitened_gae():
+    values = torch.linspace(-1, 1, 10).reshape(5, 2)
+    expected = whitened_gae(values, RETURNS, FULL, gamma=0.9, lam=0.8, whiten_rewards=True)
+    for ours, theirs in zip(
+        estimated("gae", values=values, gamma=0.9, lam=0.8, whiten_rewards=True), expected, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
+def test_groups_may_lie_scattered_in_the_batch(estimator):
+    order = torch.tensor([2, 0, 4, 3, 1])
+    advantages, _ = estimated(estimator)
+    scattered, _ = estimated(estimator, rewards=RETURNS[order], groups=GROUPS[order])
+    torch.testing.assert_close(scattered, advantages[order])
+
+
+@pytest.mark.parametrize("estimator", ["gae", "grpo", "rloo", "reinforce"])
+def test_padding_earns_no_advantage_that_is_used(estimator):
+    mask = FULL.clone()
+    mask[0, 1] = mask[3, 1] = False
+    clean, _ = estimated(estimator, mask=mask)
+    dirty, _ = estimated(estimator, rewards=torch.where(mask, RETURNS, 0.0), mask=mask)
+    torch.testing.assert_close(clean[mask], dirty[mask])
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
+def test_equal_rewards_teach_nothing(estimator):
+    advantages, _ = estimated(estimator, rewards=torch.full((5, 2), 3.0))
+    assert not advantages.any()

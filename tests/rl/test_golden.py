@@ -231,7 +231,8 @@ def recorded_trainer(section, run):
             parameter.mul_(0.9)
     options = dict(run["options"])
     options["kl_estimator"] = ESTIMATORS[options.pop("kl_penalty", "kl")]
-    config = PPOConfig(batch_size=4, learning_rate=run["lr"], loss_normalization="minibatches", **options)
+    options |= {"loss_normalization": "minibatches", "group_by_length": False}
+    config = PPOConfig(batch_size=4, learning_rate=run["lr"], **options)
     optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[run["optimizer"]](policy.parameters(), lr=run["lr"])
     trainer = PPOTrainer(
         config, policy, reference, Accelerator(cpu=True), seed=0, total_steps=len(run["steps"]), optimizer=optimizer

@@ -9,9 +9,13 @@ import pytest
 import torch
 
 from yunque.distributed.arguments import RunArguments
-from yunque.errors import InputError, Stopped
+from yunque.errors import CheckFailed, InputError, Stopped
 from yunque.models.arguments import GenerationArguments
+from yunque.rl.config import GuardArguments, RewardArguments
+from yunque.rl.guards import Guards
 from yunque.rl.loop import Prompts, TrainingLoop
+from yunque.rl.rewards import RewardScores
+from yunque.rl.score_scaling import ScoreScaler
 from yunque.rl.trainer import NonFiniteError
 
 PROMPTS = Prompts(
@@ -25,6 +29,10 @@ SETUPS = {
 }
 
 
+NO_END = {"min_new_tokens": 5}
+"""No room for an end token beside max_new_tokens=5."""
+
+
 def decode(tokens):
     return " ".join(str(token) for token in tokens)
 
@@ -34,17 +42,31 @@ def long_words(queries, responses):
     return np.array([sum(len(word) == 2 for word in response.split()) for response in responses], dtype=np.float32)
 
 
+class By:
+    """The reward that a function of queries and responses gives, and what a second one, never trained on, does."""
+
+    def __init__(self, function, watch=None):
+        self.function, self.watch = function, watch
+
+    def scores(self, queries, responses, num_tokens):
+        total = self.function(queries, responses)
+        return RewardScores(total, {"words": total}, watch=self.watch and self.watch(queries, responses))
+
+
+LONG_WORDS = By(long_words)
+
+
 class During:
     """The reward ``long_words``, during whose nth call something happens."""
 
     def __init__(self, call, happens):
         self.calls, self.call, self.happens = 0, call, happens
 
-    def __call__(self, queries, responses):
+    def scores(self, queries, responses, num_tokens):
         self.calls += 1
         if self.calls == self.call:
             self.happens()
-        return long_words(queries, responses)
+        return LONG_WORDS.scores(queries, responses, num_tokens)
 
 
 def interrupt(number=signal.SIGTERM):
@@ -65,12 +87,14 @@ def loop_of(trainer_of, tmp_path):
         steps=6,
         *,
         setup="t5",
-        reward=long_words,
+        reward=LONG_WORDS,
         prompts=PROMPTS,
         resume=False,
         changed=(),
         run=(),
         generation=(),
+        scaling=(),
+        guards=(),
         **config,
     ):
         path = tmp_path / folder
@@ -84,14 +108,20 @@ def loop_of(trainer_of, tmp_path):
             run=RunArguments(output_dir=str(path), resume=resume, **({"save_steps": 3} | dict(run))),
             total_steps=steps,
             resolved_config=config_of_run | dict(changed),
+            scaler=ScoreScaler(RewardArguments(**dict(scaling))),
+            guards=Guards(GuardArguments(**dict(guards))),
         )  # fmt: skip
 
     return build
 
 
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def log_of(loop):
-    lines = (loop.folder / "log.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if not key.startswith(TIMINGS)} for line in lines]
+    records = lines_of(loop.folder / "log.jsonl")
+    return [{key: value for key, value in record.items() if not key.startswith(TIMINGS)} for record in records]
 
 
 def checkpoints_of(loop):
@@ -147,19 +177,48 @@ def test_every_step_draws_anew(loop_of):
         drawn.append(tuple(responses))
         return long_words(queries, responses)
 
-    loop = loop_of(steps=3, reward=listening, prompts=Prompts([[3, 4, 1]], ["prompt"]), learning_rate=1e-12)
+    loop = loop_of(steps=3, reward=By(listening), prompts=Prompts([[3, 4, 1]], ["prompt"]), learning_rate=1e-12)
     loop.train()
     assert len(set(drawn)) == 3  # from one prompt and one policy
 
 
 def test_unfinished_responses_are_counted_and_may_be_penalised(loop_of):
-    options = {"steps": 1, "generation": {"min_new_tokens": 5}}  # no room for an end token
+    options = {"steps": 1, "generation": NO_END}
     plain, penalised = loop_of("plain", **options), loop_of("penalised", **options, missing_eos_penalty=2.5)
     for loop in (plain, penalised):
         loop.train()
     (record,), (lower,) = log_of(plain), log_of(penalised)
     assert record["tokens/responses_unfinished"] == lower["tokens/responses_unfinished"] == 1.0
     assert lower["ppo/mean_scores"] == pytest.approx(record["ppo/mean_scores"] - 2.5)
+
+
+def test_scores_are_scaled_for_training_and_logged_raw(loop_of):
+    plain, scaled = loop_of("plain", steps=1), loop_of("scaled", steps=1, scaling={"use_score_scaling": True})
+    clipped = loop_of("clipped", steps=1, scaling={"score_clip": 0.5})
+    for loop in (plain, scaled, clipped):
+        loop.train()
+    (record,), (divided,), (cut,) = log_of(plain), log_of(scaled), log_of(clipped)
+    assert record["scores/raw_mean"] == record["ppo/mean_scores"]
+    assert record["scores/raw_std"] > 0
+    for other in (divided, cut):
+        assert all(other[name] == record[name] for name in ("scores/raw_mean", "scores/raw_std"))
+    assert divided["ppo/std_scores"] == pytest.approx(1.0)
+    assert divided["ppo/mean_scores"] == pytest.approx(record["scores/raw_mean"] / record["scores/raw_std"])
+    assert 0 < cut["ppo/mean_scores"] <= 0.5
+
+
+def test_a_watch_is_logged_and_changes_nothing(loop_of, weights_of):
+    def first_number(queries, responses):
+        return np.array([float(response.split()[0]) for response in responses])
+
+    plain, watching = loop_of("plain", steps=2), loop_of("watching", steps=2, reward=By(long_words, first_number))
+    for loop in (plain, watching):
+        loop.train()
+    for record, watched in zip(log_of(plain), log_of(watching), strict=True):
+        assert "reward/words/mean" not in record
+        assert watched["reward/words/mean"] == watched["scores/raw_mean"] == record["scores/raw_mean"]
+        assert watched["watch/mean_scores"] > 0
+        assert record.items() <= watched.items()
 
 
 def test_early_stop_kl_reaches_the_log(loop_of):
@@ -181,6 +240,23 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(loop_of, weights_of, setu
     resumed = loop_of("broken", resume=True, **options)
     resumed.train()
     assert_same_end(weights_of, resumed, unbroken)
+
+
+def test_a_resumed_run_scales_by_all_scores_and_counts_all_firings_so_far(loop_of, weights_of):
+    scaling = {"use_score_scaling": True, "use_score_norm": True, "score_clip": 2.0}
+    options = {"scaling": scaling, "guards": {"guard_endless": 0.01, "guard_patience": 7}, "generation": NO_END}
+    unbroken = loop_of("unbroken", **options)
+    unbroken.train()
+    with pytest.raises(Stopped):
+        loop_of("broken", reward=During(2, interrupt), **options).train()
+    resumed = loop_of("broken", resume=True, **options)
+    resumed.train()
+    assert_same_end(weights_of, resumed, unbroken)
+    assert resumed.scaler.state() == unbroken.scaler.state()
+    assert resumed.guards.state() == unbroken.guards.state()
+    assert resumed.guards.in_a_row["endless"] == 6
+    dumps = [sorted(path.name for path in loop.folder.glob("guard_endless*")) for loop in (resumed, unbroken)]
+    assert dumps[0] == dumps[1] == [f"guard_endless_step_{step}.jsonl" for step in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
@@ -259,6 +335,64 @@ def test_resume_allows_another_checkpoint_interval(loop_of):
     assert [record["step"] for record in log_of(resumed)] == [1, 2, 3, 4]
 
 
+# --- guards ---
+
+
+def constant(queries, responses):
+    return np.full(len(responses), 0.25)
+
+
+def test_a_guard_logs_warns_and_dumps_and_lets_the_run_go_on(loop_of, capsys):
+    loop = loop_of(steps=4, reward=By(constant))
+    loop.train()
+    log = log_of(loop)
+    assert [record["guards/reward_std"] for record in log] == [1.0] * 4
+    assert [record["guards/empty"] for record in log] == [0.0] * 4
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
+    assert len(warnings) == 4
+    assert "step 4: guard reward_std: the 4 scores differ by 0 only (4 of 5 in a row)" in warnings[3]
+    dumps = sorted(loop.folder.glob("guard_*"))
+    assert [path.name for path in dumps] == [f"guard_reward_std_step_{step}.jsonl" for step in (1, 2, 3)]
+    records = lines_of(dumps[1])
+    assert [record["query"] for record in records] == [PROMPTS.texts[row] for row in PROMPTS.rows(1, 4, seed=0)]
+    assert [record["score"] for record in records] == [0.25] * 4
+    assert all(record["response"] == decode(record["tokens"]) for record in records)
+
+
+def test_a_guard_that_keeps_firing_stops_the_run_without_saving_it(loop_of):
+    loop = loop_of(reward=By(constant), guards={"guard_patience": 3}, run={"save_steps": 1})
+    with pytest.raises(CheckFailed, match=r"step 3: guard reward_std fired 3 times in a row: .*reward_std_step_\*"):
+        loop.train()
+    assert [record["step"] for record in log_of(loop)] == [1, 2, 3]
+    assert checkpoints_of(loop) == ["step-000001", "step-000002"]
+
+
+def test_a_stopped_run_may_go_on_with_a_guard_set_anew(loop_of, weights_of):
+    options = {"reward": By(constant), "changed": {"guard_patience": 2}}
+    with pytest.raises(CheckFailed):
+        loop_of(guards={"guard_patience": 2}, run={"save_steps": 1}, **options).train()
+    patient = {"guards": {"guard_patience": 20}, "reward": By(constant), "changed": {"guard_patience": 20}}
+    resumed, unbroken = loop_of(resume=True, **patient), loop_of("unbroken", **patient)
+    for loop in (resumed, unbroken):
+        loop.train()
+    assert_same_end(weights_of, resumed, unbroken)
+
+
+def test_batches_of_a_former_run_are_removed(loop_of):
+    loop = loop_of(steps=1)
+    (loop.folder / "guard_kl_step_9.jsonl").touch()
+    loop.train()
+    assert not list(loop.folder.glob("guard_*"))
+
+
+def test_a_reward_function_that_fails_stops_the_run_by_name(loop_of):
+    def fails(queries, responses):
+        raise InputError("reward_funcs: m:f raised")
+
+    with pytest.raises(InputError, match="reward_funcs: m:f raised"):
+        loop_of(reward=By(fails)).train()
+
+
 # --- NaN ---
 
 
@@ -266,14 +400,14 @@ def test_a_nan_reward_stops_the_run_and_leaves_its_batch_behind(loop_of, weights
     def broken(queries, responses):
         return np.array([1.0, float("nan"), 0.0, 2.0])
 
-    loop = loop_of(reward=broken)
+    loop = loop_of(reward=By(broken))
     start = weights_of(loop.trainer)
     with pytest.raises(NonFiniteError, match=r"the reward; see .*nonfinite_step_1.jsonl"):
         loop.train()
-    records = [json.loads(line) for line in (loop.folder / "nonfinite_step_1.jsonl").read_text().splitlines()]
+    records = lines_of(loop.folder / "nonfinite_step_1.jsonl")
     rows = PROMPTS.rows(0, 4, seed=0)
     assert [record["query"] for record in records] == [PROMPTS.texts[row] for row in rows]
-    assert all(record["tokens"] for record in records)
+    assert all(record["tokens"] and record["response"] == decode(record["tokens"]) for record in records)
     assert [np.isnan(record["score"]) for record in records] == [False, True, False, False]
     assert all(torch.equal(start[name], now) for name, now in weights_of(loop.trainer).items())
     assert not Path(loop.folder / "checkpoints").exists()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from yunque.rl.losses import policy_loss, value_loss
+from yunque.rl.losses import policy_loss, row_weights, value_loss
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,29 @@ def test_losses_are_per_token_so_that_the_caller_normalises():
     shape = (2, 3)
     assert policy_loss(torch.zeros(shape), torch.zeros(shape), torch.ones(shape), 0.2).per_token_BR.shape == shape
     assert value_loss(torch.zeros(shape), torch.zeros(shape), torch.ones(shape), 0.2).per_token_BR.shape == shape
+
+
+# --- how an optimizer step's loss is averaged ---
+
+TOKENS = torch.tensor([2, 4, 6, 8, 100])  # the last row belongs to another step
+MINIBATCHES, GROUPS = [[0, 1], [2, 3]], torch.tensor([0, 1, 0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("normalization", "expected"),
+    [
+        ("tokens", [1 / 20] * 4),
+        ("sequences", [1 / 8, 1 / 16, 1 / 24, 1 / 32]),
+        ("minibatches", [1 / 12, 1 / 12, 1 / 28, 1 / 28]),
+        ("groups", [0.75 / 8, 0.25 / 12, 0.75 / 8, 0.25 / 12]),
+    ],
+)
+def test_row_weights(normalization, expected):
+    weights = row_weights(normalization, TOKENS, MINIBATCHES, GROUPS, torch.tensor([3.0, 1.0, 50.0]))
+    torch.testing.assert_close(weights, torch.tensor([*expected, 0.0]))
+    assert (weights * TOKENS).sum().item() == pytest.approx(1.0)  # a mean: equal losses keep their size
+
+
+def test_groups_of_equal_weight_count_alike_however_many_tokens_they_have():
+    weights = row_weights("groups", TOKENS, [[0, 4]], GROUPS, torch.ones(3))
+    torch.testing.assert_close((weights * TOKENS)[[0, 4]], torch.tensor([0.5, 0.5]))

@@ -6,7 +6,7 @@ import torch
 from yunque.errors import InputError
 from yunque.models.adapter import adapter_for
 from yunque.rl.config import RewardArguments
-from yunque.rl.rewards import ClassifierReward, ClassifierScorer, softmax
+from yunque.rl.rewards import ClassifierReward, ClassifierScorer, LabelScore, WeightedReward, softmax
 
 CPU = torch.device("cpu")
 TEXTS = ["w3 w9 w14", "w20", "w5 w6 w7 w8 w11 w12", "w22 w4", "w10 w13 w19 w21 w3", "w20", "unknown w7"]
@@ -85,12 +85,11 @@ def test_an_unknown_label_is_refused_with_the_labels_there_are(option):
 
 def test_labels_are_found_by_name_wherever_they_stand():
     usual, swapped = reward_of(), reward_of(labels=("hate", "nothate"))
-    rewards, toxicity = usual.scores(["w3"], ["w4"])
-    swapped_rewards, swapped_toxicity = swapped.scores(["w3"], ["w4"])
+    usual_scores, swapped_scores = usual.scores(["w3"], ["w4"]), swapped.scores(["w3"], ["w4"])
     logits = usual.scorer.logits(["w3 w4"])
-    assert rewards == logits[:, 0]
-    assert swapped_rewards == logits[:, 1]
-    assert toxicity + swapped_toxicity == pytest.approx(1.0)
+    assert usual_scores.total == usual_scores.parts["reward_model"] == logits[:, 0]
+    assert swapped_scores.total == logits[:, 1]
+    assert usual_scores.toxicity + swapped_scores.toxicity == pytest.approx(1.0)
 
 
 def test_the_reward_is_the_label_s_logit_or_its_probability():
@@ -101,7 +100,7 @@ def test_the_reward_is_the_label_s_logit_or_its_probability():
     as_probability = reward_of(reward_output="probability")
     np.testing.assert_allclose(as_probability(queries, responses), probabilities[:, 0], rtol=1e-6)
     for reward in (reward_of(), as_probability):  # the toxicity is a probability whatever the reward is
-        np.testing.assert_allclose(reward.scores(queries, responses)[1], probabilities[:, 1], rtol=1e-6)
+        np.testing.assert_allclose(reward.scores(queries, responses).toxicity, probabilities[:, 1], rtol=1e-6)
 
 
 def test_the_classifier_reads_query_and_response_or_the_response_alone():
@@ -120,3 +119,107 @@ def test_a_decoder_only_response_continues_its_query_without_a_space_put_between
 def test_softmax_of_large_logits_does_not_overflow():
     # e^0 and e^-1000 beside it; two equal logits
     np.testing.assert_array_equal(softmax(np.array([[1000.0, 0.0], [800.0, 800.0]])), [[1.0, 0.0], [0.5, 0.5]])
+
+
+# --- one output, no labels ---
+
+
+def test_a_reward_model_of_one_output_scores_by_it_and_measures_no_toxicity():
+    adapter = adapter_for(tiny.t5().config, tiny.tokenizer())
+    scorer = scorer_of(labels=("LABEL_0",))
+    for output in ("logit", "probability"):  # its probability would be 1 whatever it reads
+        reward = ClassifierReward(scorer, adapter, RewardArguments(reward_output=output))
+        given = reward.scores(["w3", "w5"], ["w4", "w6"])
+        np.testing.assert_allclose(given.total, scorer.logits(["w3 w4", "w5 w6"])[:, 0])
+        assert given.total[0] != given.total[1]
+        assert given.toxicity is None
+
+
+# --- several rewards ---
+
+
+def length_in_words(queries, responses):
+    return np.array([float(len(response.split())) for response in responses])
+
+
+def weighted(weights, *, further=None, model=True, watch=None, **options):
+    args = RewardArguments(**options)
+    return WeightedReward(args, reward_of() if model else None, further or {}, weights, watch)
+
+
+QUERIES, RESPONSES = ["w3 w4", "w5", "w6"], ["w6", "w7 w8", "w9"]
+LENGTHS = [2, 7, 4]
+
+
+def test_the_total_is_the_weighted_sum_and_the_parts_are_not_weighted():
+    alone = reward_of().scores(QUERIES, RESPONSES)
+    given = weighted([0.5, -2.0], further={"words": length_in_words}).scores(QUERIES, RESPONSES, LENGTHS)
+    assert list(given.parts) == ["reward_model", "words"]
+    np.testing.assert_array_equal(given.parts["reward_model"], alone.total)
+    np.testing.assert_array_equal(given.parts["words"], [1.0, 2.0, 1.0])
+    np.testing.assert_allclose(given.total, 0.5 * alone.total.astype(float) - 2.0 * np.array([1.0, 2.0, 1.0]))
+    np.testing.assert_array_equal(given.toxicity, alone.toxicity)
+    assert given.watch is None
+
+
+def test_functions_alone_make_a_reward_without_toxicity():
+    reward = weighted([3.0], further={"words": length_in_words}, model=False)
+    given = reward.scores(QUERIES, RESPONSES, LENGTHS)
+    np.testing.assert_array_equal(given.total, [3.0, 6.0, 3.0])
+    assert given.toxicity is None
+    assert not reward.measures_toxicity
+    assert weighted([1.0]).measures_toxicity
+
+
+def test_length_is_charged_on_both_sides_of_its_target():
+    reward = weighted([1.0], further={"words": length_in_words}, model=False, length_penalty=0.5, length_target=4)
+    given = reward.scores(QUERIES, RESPONSES, LENGTHS)
+    np.testing.assert_array_equal(given.parts["length_penalty"], [-1.0, -1.5, 0.0])
+    np.testing.assert_array_equal(given.total, [0.0, 0.5, 1.0])
+
+
+def test_the_watch_is_scored_and_never_summed():
+    adapter = adapter_for(tiny.t5().config, tiny.tokenizer())
+    unseen = LabelScore(scorer_of(labels=("hate", "nothate")), adapter, RewardArguments(), label="hate", option="watch")
+    plain = weighted([1.0]).scores(QUERIES, RESPONSES, LENGTHS)
+    reward = weighted([1.0], watch=unseen)
+    given = reward.scores(QUERIES, RESPONSES, LENGTHS)
+    np.testing.assert_array_equal(given.total, plain.total)
+    np.testing.assert_allclose(given.watch, reward_of().scorer.logits(["w3 w4 w6", "w5 w7 w8", "w6 w9"])[:, 0])
+
+
+def test_texts_cut_are_counted_over_all_models():
+    adapter = adapter_for(tiny.t5().config, tiny.tokenizer())
+    scores = [LabelScore(scorer_of(), adapter, RewardArguments(), label="hate", option="x") for _ in range(2)]
+    reward = weighted([1.0, 1.0, 1.0], further={"other": scores[0], "words": length_in_words}, watch=scores[1])
+    reward.scores(["w3"], [" ".join(words(80))], [80])
+    assert reward.truncated_texts == 3
+
+
+# --- the options ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reward_weights": [1.0]}, "reward_weights: 1 for 0 rewards; .*reward model's first"),
+        ({"reward_funcs": ["m:f"], "reward_weights": [1.0, 2.0]}, "reward_weights: 2 for 1 rewards; .* the 1 reward_f"),
+        ({"reward_model_name_or_path": "m", "reward_weights": [float("nan")]}, r"reward_weights: \[nan\] are not fini"),
+        ({"reward_funcs": ["m:f", "m:g"], "reward_weights": [0.0, 0.0]}, "reward_weights: .* all are 0"),
+        ({"length_penalty": -0.1}, "length_penalty: -0.1 is not a number of 0 or more"),
+        ({"length_penalty": float("nan")}, "length_penalty: nan"),
+        ({"length_penalty": 0.1, "length_target": -1}, "length_target: -1 is negative"),
+        ({"length_target": 5}, "length_target: has no effect without length_penalty"),
+        ({"watch_label": "hate"}, "watch_label: has no effect without watch_model_name_or_path"),
+        ({"use_score_norm": True}, "use_score_norm: has no effect without use_score_scaling"),
+        ({"score_clip": 0.0}, "score_clip: 0.0 is not positive"),
+    ],
+)
+def test_options_that_cannot_mean_anything_are_refused_by_name(options, message):
+    with pytest.raises(InputError, match=message):
+        RewardArguments(**options)
+
+
+def test_weights_are_one_each_unless_given():
+    assert RewardArguments(reward_model_name_or_path="m", reward_funcs=["m:f", "n"]).weights == [1.0, 1.0, 1.0]
+    assert RewardArguments(reward_funcs=["m:f", "n"], reward_weights=[0.0, 2.0]).weights == [0.0, 2.0]

@@ -5,6 +5,7 @@ from transformers import GenerationConfig
 
 from yunque.models.adapter import adapter_for
 from yunque.models.arguments import GenerationArguments
+from yunque.models.policy import Policy
 from yunque.rl.rollout import Response, generate
 
 CPU = torch.device("cpu")
@@ -32,13 +33,14 @@ def model(request, model_of):
     return model.eval()
 
 
-def sample(model, queries, samples=None, *, seed=0, shortest_limit=None, adapter=None, **options):
+def sample(model, queries, samples=None, *, seed=0, shortest_limit=None, adapter=None, value_head=None, **options):
     adapter = adapter or adapter_for(model.config, tiny.tokenizer())
     samples = range(len(queries)) if samples is None else samples
     arguments = GenerationArguments(**({"max_new_tokens": 8} | options))
     return generate(
-        model, adapter, queries, arguments, seed=seed, samples=samples, shortest_limit=shortest_limit, device=CPU
-    )
+        model, adapter, queries, arguments,
+        seed=seed, samples=samples, shortest_limit=shortest_limit, device=CPU, value_head=value_head,
+    )  # fmt: skip
 
 
 def adapter_ending_at(model, *eos_ids):
@@ -167,6 +169,41 @@ def test_tokens_are_drawn_from_the_softmax(model_of, family, options):
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5  # mean and four standard deviations
 
 
+# --- what sampling computes on the way ---
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 5}, {"temperature": 0.0}], ids=str)
+def test_logprobs_and_values_are_those_of_a_forward_pass(model, options):
+    adapter = adapter_for(model.config, tiny.tokenizer())
+    policy = Policy(model, adapter).eval()
+    responses = sample(model, QUERIES * 3, shortest_limit=2, max_new_tokens=20, value_head=policy.v_head, **options)
+    assert len({len(response.tokens) for response in responses}) > 2  # some rows ended long before others
+    tokens = [response.tokens for response in responses]
+    with torch.no_grad():
+        scores = policy(adapter.scoring_batch(QUERIES * 3, tokens, CPU), options.get("temperature", 1.0))
+    for row, response in enumerate(responses):
+        length = len(response.tokens)
+        torch.testing.assert_close(
+            torch.tensor(response.logprobs), scores.logprobs_BR[row, :length], rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(torch.tensor(response.values), scores.values_BR[row, :length], rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_leaves_them_to_a_forward_pass(model_of):
+    assert sample(model_of("t5").bfloat16(), QUERIES)[0].logprobs is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert sample(model_of("t5"), QUERIES)[0].logprobs is None
+    assert sample(model_of("t5"), QUERIES)[0].values is None  # no value head was given
+
+
+def test_a_cold_temperature_with_a_minimum_length_still_samples_among_the_others(model):
+    end = greedy_token(model)
+    for response in sample(
+        model, [QUERIES[0]] * 8, adapter=adapter_ending_at(model, end), temperature=1e-3, min_new_tokens=1
+    ):
+        assert response.tokens[0] != end
+
+
 # --- the model is left as it was ---
 
 
@@ -202,7 +239,7 @@ def test_train_mode_comes_back_and_has_no_part_in_the_rollout(model):
 def test_the_model_is_restored_when_generation_fails(model, monkeypatch):
     own = model.generation_config
     model.train()
-    monkeypatch.setattr(model, "generate", lambda **options: 1 / 0)
+    monkeypatch.setattr("yunque.rl.rollout.decoder_for", lambda *options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sample(model, QUERIES)
     assert model.generation_config is own

@@ -144,6 +144,45 @@ class LabelledDataArguments(SourceArguments):
             )
 
 
+@dataclass
+class GroupArguments:
+    """How many groups ``group_column`` makes.
+
+    Raises:
+        InputError: fewer than 1.
+    """
+
+    max_groups: int = field(
+        default=8, metadata={"help": "Groups: the column's commonest values, and one of all others; or length bands"}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if self.max_groups < 1:
+            raise InputError(f"max_groups: {self.max_groups} is too small; give 1 or more")
+
+
+@dataclass
+class OpeningArguments(SourceArguments):
+    """Texts whose first few tokens are prompts, for a model to go on from.
+
+    Raises:
+        InputError: a minimum above its maximum, a limit below 1, and as the base class.
+    """
+
+    text_column: str = field(default="text", metadata={"help": "Column with the text that the prompt opens"})
+    min_text_chars: int | None = field(default=201, metadata={"help": "Drop rows whose text has fewer characters"})
+    max_text_chars: int | None = field(default=None, metadata={"help": "Drop rows whose text has more characters"})
+    prompt_tokens_low: int = field(default=2, metadata={"help": "Fewest tokens of a prompt, drawn for each row"})
+    prompt_tokens_high: int = field(default=8, metadata={"help": "Most tokens of a prompt, itself included"})
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the data."""
+        super().__post_init__()
+        _check_range(self, "min_text_chars", "max_text_chars")
+        _check_range(self, "prompt_tokens_low", "prompt_tokens_high")
+
+
 def _check_limits(arguments: Any, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -12,7 +13,7 @@ from yunque.evaluation.before_after import Answers
 from yunque.models.arguments import GenerationArguments
 from yunque.models.policy import Policy, Reference
 from yunque.rl.loop import Prompts
-from yunque.rl.rewards import ClassifierReward
+from yunque.rl.rewards import Reward
 from yunque.rl.rollout import Response, generate
 from yunque.rl.trainer import PPOTrainer
 
@@ -20,19 +21,24 @@ FIRST_SAMPLE = 2**62  # random streams of held-out prompts lie beyond those of t
 
 
 class HeldOut:
-    """Held-out prompts and how to answer them; both models draw from the same random streams, as pairs should."""
+    """Held-out prompts and how to answer them; both models draw from the same random streams, as pairs should.
+
+    What the answers' probabilities mean (toxicity, sentiment) follows from the label that ``reward`` measures.
+    ``watch`` collects the scores of its unseen scorer, if it has one: name of the answers -> (num_prompts,).
+    """
 
     def __init__(
         self,
         trainer: PPOTrainer,
         prompts: Prompts,
-        reward: ClassifierReward,
+        reward: Reward,
         decode: Callable[[Sequence[int]], str],
         generation: GenerationArguments,
         batch_size: int,
     ) -> None:
         self.trainer, self.prompts, self.reward, self.decode = trainer, prompts, reward, decode
         self.generation, self.batch_size = generation, batch_size
+        self.watch: dict[str, np.ndarray] = {}
         self.rows = list(trainer.share(range(len(prompts.texts))))
 
     def answers(self, model: nn.Module, name: str) -> tuple[Answers, list[Response]]:
@@ -51,10 +57,22 @@ class HeldOut:
                     device=accelerator.device,
                 )
         texts = [self.decode(response.tokens) for response in responses]
-        rewards, toxicity = self.reward.scores([self.prompts.texts[row] for row in self.rows], texts)
-        scored = self.trainer.gather(list(zip(texts, rewards.tolist(), toxicity.tolist(), strict=True)))
-        columns = [list(column) for column in zip(*scored, strict=True)]
-        return Answers(columns[0], torch.tensor(columns[1]).numpy(), torch.tensor(columns[2]).numpy()), responses
+        num_tokens = [len(response.tokens) for response in responses]
+        given = self.reward.scores([self.prompts.texts[row] for row in self.rows], texts, num_tokens)
+        assert given.toxicity is not None, "recipes refuse a reward that measures nothing"
+        scored = self.trainer.gather(list(zip(texts, given.total.tolist(), given.toxicity.tolist(), strict=True)))
+        all_texts, rewards, probabilities = (list(column) for column in zip(*scored, strict=True))
+        if given.watch is not None:
+            self.watch[name] = np.array(self.trainer.gather(given.watch.tolist()))
+        return Answers(all_texts, np.array(rewards), np.array(probabilities)), responses
+
+    def before_and_after(self) -> tuple[Answers, Answers, float]:
+        """Answers of the reference and of the policy, and the policy's final KL to the reference in nats per answer."""
+        policy, reference = self.trainer.unwrapped, self.trainer.reference
+        with reference.model() as model:
+            before, _ = self.answers(model, "before")
+        after, responses = self.answers(policy.model, "after")
+        return before, after, self.divergence(policy, reference, responses)
 
     @torch.no_grad()
     def divergence(self, policy: Policy, reference: Reference, responses: Sequence[Response]) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from yunque.models.adapter import ModelAdapter, ScoringBatch
+from yunque.models.fusing import fuse_layers
+from yunque.models.head import HeadWeights, head_scores
 from yunque.models.loading import REFERENCE_ADAPTER
 
 
@@ -20,7 +23,8 @@ from yunque.models.loading import REFERENCE_ADAPTER
 class TokenScores:
     """What one forward pass says of response tokens.
 
-    logprobs_BR, entropy_BR and values_BR are (B, R) in float32; logits_BRV (B, R, V) only where asked for.
+    logprobs_BR, entropy_BR and values_BR are (B, R) in float32, meaningful where the batch's mask is 1; logits_BRV
+    (B, R, V) only where asked for.
     """
 
     logprobs_BR: Tensor
@@ -43,19 +47,21 @@ class ValueHead(nn.Module):
 
 
 class Policy(nn.Module):
-    """Language model and value head as one module, so that DDP and its kin wrap both at once."""
+    """Language model and, for advantages by GAE, a value head as one module, so that DDP and its kin wrap both."""
 
-    def __init__(self, model: nn.Module, adapter: ModelAdapter) -> None:
+    def __init__(self, model: nn.Module, adapter: ModelAdapter, *, value_head: bool = True) -> None:
         super().__init__()
         self.model: Any = model  # a PreTrainedModel or PeftModel, whose common interface has no type
-        self.v_head = ValueHead(adapter.hidden_size).to(next(model.parameters()).device)
+        self.v_head = ValueHead(adapter.hidden_size).to(next(model.parameters()).device) if value_head else None
         self.adapter = adapter
+        fuse_layers(model)
+        self.plain_head = has_plain_head(model, adapter)
 
     def forward(self, batch: ScoringBatch, temperature: float = 1.0, keep_logits: bool = False) -> TokenScores:
         """Score the response tokens of ``batch`` under the policy that samples at ``temperature``."""
-        logits_BRV, hidden_BRD = self.adapter.score(self.model, batch)
-        scores = token_scores(logits_BRV, batch.response_BR, temperature, keep_logits)
-        return TokenScores(scores.logprobs_BR, scores.entropy_BR, self.v_head(hidden_BRD), scores.logits_BRV)
+        lean = self.plain_head and not keep_logits
+        scores, hidden_BRD = score_tokens(self.model, self.adapter, batch, temperature, lean=lean)
+        return replace(scores, values_BR=None if self.v_head is None else self.v_head(hidden_BRD))
 
 
 class Reference:
@@ -70,9 +76,9 @@ class Reference:
     def __init__(self, policy: Policy, *, adapter_is_trained: bool = False, model: nn.Module | None = None) -> None:
         self._policy = policy
         self._copy: Any = model
-        self._named = False
+        self._named = self._entered = False
         if model is not None:
-            model.eval().requires_grad_(False)
+            fuse_layers(model.eval().requires_grad_(False))
         elif not isinstance(policy.model, PeftModel):
             self._copy = deepcopy(policy.model).eval().requires_grad_(False)
         elif adapter_is_trained:
@@ -84,25 +90,57 @@ class Reference:
     @torch.no_grad()
     def score(self, batch: ScoringBatch, temperature: float = 1.0, keep_logits: bool = False) -> TokenScores:
         """Score the response tokens of ``batch`` under the reference."""
+        lean = self._policy.plain_head and not keep_logits
         with self.model() as model:
-            logits_BRV, _ = self._policy.adapter.score(model, batch)
-        return token_scores(logits_BRV, batch.response_BR, temperature, keep_logits)
+            return score_tokens(model, self._policy.adapter, batch, temperature, lean=lean)[0]
 
     @contextmanager
     def model(self) -> Iterator[nn.Module]:
-        """The reference language model, for the time of the context."""
+        """The reference language model, for the time of the context; may be entered again inside."""
         model = self._policy.model
         if self._copy is not None:
             yield self._copy
-        elif self._named:
-            _activate(model, REFERENCE_ADAPTER)
-            try:
-                yield model
-            finally:
-                _activate(model, "default")
+        elif self._entered:
+            yield model
         else:
-            with model.disable_adapter():
-                yield model
+            self._entered = True
+            try:
+                with self._adapter() if self._named else model.disable_adapter():
+                    yield model
+            finally:
+                self._entered = False
+
+    @contextmanager
+    def _adapter(self) -> Iterator[None]:
+        _activate(self._policy.model, REFERENCE_ADAPTER)
+        try:
+            yield
+        finally:
+            _activate(self._policy.model, "default")
+
+
+def score_tokens(
+    model: Any, adapter: ModelAdapter, batch: ScoringBatch, temperature: float, *, lean: bool
+) -> tuple[TokenScores, Tensor]:
+    """Forward ``batch``: scores of its response tokens and the last hidden states (B, R, D) they come from.
+
+    ``lean`` skips the logits of padding and keeps none of the others; without it they come back.
+    """
+    if not lean:
+        logits_BRV, hidden_BRD = adapter.score(model, batch)
+        return token_scores(logits_BRV, batch.response_BR, temperature, keep_logits=True), hidden_BRD
+    mask_BR, targets_N = batch.mask_BR, batch.response_BR[batch.mask_BR]
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def instead(head: nn.Linear, states_BRD: Tensor) -> Tensor:
+        weights = HeadWeights(head.weight, head.bias)
+        found.append(head_scores(states_BRD[mask_BR], weights, targets_N, temperature))
+        return states_BRD[..., :1]
+
+    with _head_replaced(model, instead):
+        _, hidden_BRD = adapter.score(model, batch)
+    columns = (torch.zeros(mask_BR.shape, device=mask_BR.device).masked_scatter(mask_BR, part) for part in found[0])
+    return TokenScores(*columns), hidden_BRD
 
 
 def token_scores(logits_BRV: Tensor, response_BR: Tensor, temperature: float, keep_logits: bool) -> TokenScores:
@@ -115,6 +153,39 @@ def token_scores(logits_BRV: Tensor, response_BR: Tensor, temperature: float, ke
     with torch.no_grad():  # a statistic only: its graph would keep a second (B, R, V) tensor
         entropy_BR = normalizer_BR - (logits.detach() * (logits.detach() - normalizer_BR.unsqueeze(-1)).exp()).sum(-1)
     return TokenScores(logprobs_BR, entropy_BR, logits_BRV=logits if keep_logits else None)
+
+
+@torch.no_grad()
+def has_plain_head(model: Any, adapter: ModelAdapter) -> bool:
+    """Whether the logits are what the head makes of its input, unscaled, uncapped, through plain weights."""
+    head = _base(model).get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return False
+    seen: list[Tensor] = []
+
+    def watch(head: nn.Linear, states_BRD: Tensor) -> Tensor:
+        seen.append(nn.functional.linear(states_BRD, head.weight, head.bias))
+        return seen[0]
+
+    token = [adapter.eos_ids[0]]
+    with _head_replaced(model, watch):
+        logits, _ = adapter.score(model, adapter.scoring_batch([token], [token], head.weight.device))
+    return len(seen) == 1 and torch.equal(logits.float(), seen[0].float())
+
+
+@contextmanager
+def _head_replaced(model: Any, forward: Callable[[nn.Linear, Tensor], Tensor]) -> Iterator[None]:
+    """Let ``forward(head, states)`` stand in for the head, inside its module: hooks that gather weights still run."""
+    head = _base(model).get_output_embeddings()
+    head.forward = partial(forward, head)
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -1,11 +1,108 @@
-"""Per-token rewards and advantages."""
+"""Per-token rewards and advantages: four estimators behind one interface."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from yunque.rl.config import PPOConfig
 from yunque.rl.masked import masked_whiten
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What advantages are estimated from, over one global batch of B responses of up to R tokens.
+
+    rewards_BR: token rewards, 0 outside mask_BR; values_BR: values of the states before each token, 0 without a value
+    head; groups_B: number of each response's group.
+    """
+
+    rewards_BR: Tensor
+    values_BR: Tensor
+    mask_BR: Tensor
+    groups_B: Tensor
+
+
+def estimate_advantages(rewards: Rewards, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, both (B, R), by the estimator that ``config.advantage_estimator`` names."""
+    return _ESTIMATORS[config.advantage_estimator](rewards, config)
+
+
+def estimate_gae(rewards: Rewards, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """PPO: generalised advantage estimation over the value head, whitened over the batch."""
+    return whitened_gae(
+        rewards.values_BR,
+        rewards.rewards_BR,
+        rewards.mask_BR,
+        gamma=config.gamma,
+        lam=config.lam,
+        whiten_rewards=config.whiten_rewards,
+    )
+
+
+def estimate_reinforce(rewards: Rewards, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """REINFORCE: discounted reward to go (Williams 1992), whitened over the batch (Hu 2025, REINFORCE++, eq. 5)."""
+    return whitened_gae(
+        torch.zeros_like(rewards.rewards_BR),
+        rewards.rewards_BR,
+        rewards.mask_BR,
+        gamma=config.gamma,
+        lam=1.0,
+        whiten_rewards=config.whiten_rewards,
+    )
+
+
+def estimate_grpo(rewards: Rewards, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """GRPO: (R - mean of the group) / std of the group, the same at every token (Shao et al. 2024, section 4.1.2).
+
+    ``config.scale_advantages`` takes the batch's standard deviation, or none (Liu et al. 2025, "Dr. GRPO"). R is the
+    sum of a response's token rewards. A response alone in its group is compared with the whole batch.
+    """
+    returns_B = rewards.rewards_BR.sum(dim=1)
+    advantages_B = torch.empty_like(returns_B)
+    for rows, peers in _peers(rewards.groups_B):
+        advantages_B[rows] = returns_B[rows] - returns_B[peers].mean()
+        if config.scale_advantages != "none":
+            scale = returns_B[peers] if config.scale_advantages == "group" else returns_B
+            advantages_B[rows] /= scale.std() + 1e-4
+    return _at_every_token(advantages_B, rewards.mask_BR), _at_every_token(returns_B, rewards.mask_BR)
+
+
+def estimate_rloo(rewards: Rewards, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """RLOO: R minus the mean R of the group's other responses (Kool et al. 2019; Ahmadian et al. 2024, eq. 8).
+
+    R is the sum of a response's token rewards. A response alone in its group is compared with the whole batch.
+    """
+    returns_B = rewards.rewards_BR.sum(dim=1)
+    advantages_B = torch.empty_like(returns_B)
+    for rows, peers in _peers(rewards.groups_B):
+        others_B = (returns_B[peers].sum() - returns_B[rows]) / (len(peers) - 1)
+        advantages_B[rows] = returns_B[rows] - others_B
+    return _at_every_token(advantages_B, rewards.mask_BR), _at_every_token(returns_B, rewards.mask_BR)
+
+
+Estimator = Callable[[Rewards, PPOConfig], tuple[Tensor, Tensor]]
+
+_ESTIMATORS: dict[str, Estimator] = {
+    "gae": estimate_gae,
+    "grpo": estimate_grpo,
+    "rloo": estimate_rloo,
+    "reinforce": estimate_reinforce,
+}
+
+
+def _peers(groups_B: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Rows of each group, and the rows that they are compared with."""
+    everyone = torch.arange(len(groups_B), device=groups_B.device)
+    groups = [everyone[groups_B == group] for group in groups_B.unique()]
+    return [(rows, rows if len(rows) > 1 else everyone) for rows in groups]
+
+
+def _at_every_token(numbers_B: Tensor, mask_BR: Tensor) -> Tensor:
+    return numbers_B.unsqueeze(1) * mask_BR
 
 
 def token_rewards(scores_B: Tensor, kl_BR: Tensor, kl_coef: float, mask_BR: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +49,11 @@ class RunLog:
         )
         self._bar.update()
 
+    def warn(self, line: str) -> None:
+        """Print a line above the progress bar, on stderr."""
+        if self.accelerator.is_main_process:
+            tqdm.write(f"warning: {line}", file=sys.stderr)
+
     def _drop_steps_after_checkpoint(self) -> None:
         """A killed run may have logged steps that the resumed one does again."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
@@ -64,9 +70,14 @@ def _step_of(line: str) -> float:
         return float("inf")  # half a line, cut by a kill
 
 
+def read_log(path: Path) -> list[dict[str, float]]:
+    """Records of a finished run's log, one per step, in order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def summarize_log(path: Path) -> dict[str, float]:
     """Throughput (median over steps, samples per second) and peak memory (bytes) of a whole run's log."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = read_log(path)
     return {
         "samples_per_s": statistics.median(record["samples_per_s"] for record in records),
         "peak_memory_bytes": int(max(record["peak_memory_bytes"] for record in records)),

@@ -16,23 +16,31 @@ from yunque.distributed.arguments import RunArguments
 from yunque.distributed.checkpoint import Checkpoints, StopSignal
 from yunque.errors import InputError, Stopped, disk_full, is_disk_full
 from yunque.models.arguments import GenerationArguments
+from yunque.rl.batch import Scored, dump, score_statistics
+from yunque.rl.config import GuardArguments, RewardArguments
+from yunque.rl.guards import Guards, remove_dumps
 from yunque.rl.log import RunLog
+from yunque.rl.rewards import Reward
 from yunque.rl.rollout import Response, generate
+from yunque.rl.score_scaling import ScoreScaler
 from yunque.rl.statistics import peak_memory_bytes
-from yunque.rl.trainer import NonFiniteError, PPOTrainer
+from yunque.rl.trainer import NonFiniteError, PPOTrainer, Sampled
 
-Reward = Callable[[Sequence[str], Sequence[str]], np.ndarray]
-
-_MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume", "save_steps", "save_total_limit", "report_to"}
+_MAY_CHANGE = {
+    *("output_dir", "overwrite_output_dir", "resume", "save_steps", "save_total_limit", "report_to"),
+    *("guard_kl", "guard_reward_std", "guard_empty", "guard_endless", "guard_patience"),
+    *("watch_model_name_or_path", "watch_label"),
+}
 """Options that a resumed run may set anew: none of them changes the curve."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What responses are sampled for: token ids and texts of the same queries."""
+    """What responses are sampled for: token ids and texts of the same queries, and the groups they belong to if any."""
 
     input_ids: Sequence[Sequence[int]]
     texts: Sequence[str]
+    groups: Sequence[str] | None = None
 
     def rows(self, step: int, batch_size: int, seed: int) -> list[int]:
         """Row numbers of one step's batch: every epoch its own permutation, batches running over epoch ends.
@@ -63,10 +71,14 @@ class TrainingLoop:
         run: RunArguments,
         total_steps: int,
         resolved_config: Mapping[str, Any],
+        scaler: ScoreScaler | None = None,
+        guards: Guards | None = None,
     ) -> None:
         self.trainer, self.prompts, self.reward, self.decode = trainer, prompts, reward, decode
         self.generation, self.run, self.total_steps = generation, run, total_steps
         self.resolved_config = dict(resolved_config)
+        self.scaler = scaler or ScoreScaler(RewardArguments())
+        self.guards = guards or Guards(GuardArguments())
         self.folder = Path(run.output_dir)
         self.accelerator = trainer.accelerator
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.accelerator, keep=run.save_total_limit)
@@ -77,9 +89,12 @@ class TrainingLoop:
         Raises:
             Stopped: a signal came; the state of the last finished step is saved.
             NonFiniteError: NaN or infinity; the batch that met it lies in ``output_dir``.
-            InputError: ``resume`` finds a checkpoint of another configuration.
+            CheckFailed: a guard fired ``guard_patience`` times in a row; its batches lie in ``output_dir``.
+            InputError: ``resume`` finds a checkpoint of another configuration; a reward function fails.
         """
         first = self._resume() if self.run.resume else 0
+        if self.accelerator.is_main_process:
+            remove_dumps(self.folder, after_step=first)
         try:
             self._train(first)
         except Exception as error:
@@ -93,6 +108,9 @@ class TrainingLoop:
             for step in range(first, self.total_steps):
                 log.write(step + 1, self.step(step))
                 done = step + 1
+                for warning in self.guards.warnings(done):
+                    log.warn(warning)
+                self.guards.stop_if_patience_is_over(done, self.folder)
                 stop = signal.agreed(self.accelerator)
                 if stop or done % self.run.save_steps == 0:
                     self._save(done)
@@ -102,27 +120,43 @@ class TrainingLoop:
     def step(self, step: int) -> dict[str, float]:
         """Sample, score and learn from one batch."""
         started = time.perf_counter()
-        rows = self.prompts.rows(step, self.trainer.config.batch_size, self.run.seed)
+        rows = self._rows(step)
         queries = [self.prompts.input_ids[row] for row in rows]
         samples = [step * len(rows) + index for index in range(len(rows))]
         responses_here = self._sample(self.trainer.share(queries), self.trainer.share(samples))
         sampled = time.perf_counter()
-        scores_here = self._score(self.trainer.share([self.prompts.texts[row] for row in rows]), responses_here)
-        responses, scores = self.trainer.gather(responses_here), self.trainer.gather(scores_here)
+        batch = self._score(self.trainer.share([self.prompts.texts[row] for row in rows]), responses_here)
+        scores = self.scaler([row.score for row in batch])
         scored = time.perf_counter()
         try:
-            statistics = self.trainer.step(queries, [response.tokens for response in responses], scores)
+            statistics = self.trainer.step(
+                queries,
+                [row.response.tokens for row in batch],
+                scores,
+                groups=self.prompts.groups and [self.prompts.groups[row] for row in rows],
+                sampled=_sampled([row.response for row in batch]),
+            )
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; see {self._dump(step, rows, responses, scores)}") from error
+            raise NonFiniteError(f"{error}; see {self._dump(f'nonfinite_step_{step + 1}.jsonl', batch)}") from error
+        statistics |= score_statistics(batch)
+        statistics |= self.guards.check(statistics, batch)
+        for path in self.guards.dump_paths(self.folder, step + 1):
+            self._dump(path.name, batch)
         elapsed = time.perf_counter() - started
         return statistics | {
-            "epoch": (step + 1) * len(rows) / len(self.prompts.texts),
-            "tokens/responses_unfinished": float(np.mean([not response.finished for response in responses])),
+            "epoch": (step + 1) * len(rows) / self.trainer.config.num_generations / len(self.prompts.texts),
+            "tokens/responses_unfinished": float(np.mean([not row.response.finished for row in batch])),
             "time/ppo/generate": sampled - started,
             "time/ppo/reward": scored - sampled,
             "samples_per_s": len(rows) / elapsed,
             "peak_memory_bytes": float(peak_memory_bytes(self.accelerator.device)),
         }
+
+    def _rows(self, step: int) -> list[int]:
+        """Row numbers of one step's prompts, each repeated for the responses it gets."""
+        config = self.trainer.config
+        rows = self.prompts.rows(step, config.batch_size // config.num_generations, self.run.seed)
+        return [row for row in rows for _ in range(config.num_generations)]
 
     def _sample(self, queries: Sequence[Sequence[int]], samples: Sequence[int]) -> list[Response]:
         with self.accelerator.autocast():
@@ -135,17 +169,44 @@ class TrainingLoop:
                 samples=samples,
                 shortest_limit=self.trainer.config.max_new_tokens_low,
                 device=self.accelerator.device,
+                value_head=self.trainer.unwrapped.v_head,
             )
 
-    def _score(self, queries: Sequence[str], responses: Sequence[Response]) -> list[float]:
-        scores = self.reward(queries, [self.decode(response.tokens) for response in responses]).astype(float)
+    def _score(self, queries: Sequence[str], responses: Sequence[Response]) -> list[Scored]:
+        """Score this rank's responses and return those of all ranks.
+
+        Raises:
+            InputError: a reward function failed, on any rank; every rank raises it, so that none waits for another.
+        """
+        try:
+            here: Sequence[Scored | InputError] = self._score_here(queries, responses)
+        except InputError as error:
+            here = [error]
+        gathered = self.trainer.gather(here)
+        for row in gathered:
+            if isinstance(row, InputError):
+                raise row
+        return [row for row in gathered if isinstance(row, Scored)]
+
+    def _score_here(self, queries: Sequence[str], responses: Sequence[Response]) -> list[Scored]:
+        texts = [self.decode(response.tokens) for response in responses]
+        given = self.reward.scores(queries, texts, [len(response.tokens) for response in responses])
+        scores = given.total.astype(float)
         penalty = self.trainer.config.missing_eos_penalty
         if penalty is not None:
             scores -= penalty * np.array([not response.finished for response in responses])
-        return scores.tolist()
+        parts = [{name: float(part[row]) for name, part in given.parts.items()} for row in range(len(texts))]
+        watch = [None] * len(texts) if given.watch is None else given.watch.tolist()
+        columns = zip(queries, responses, texts, scores.tolist(), parts, watch, strict=True)
+        return [Scored(*row) for row in columns]
 
     def _save(self, step: int) -> None:
-        state = {"kl_coef": self.trainer.kl_controller.value, "config": self.resolved_config}
+        state = {
+            "kl_coef": self.trainer.kl_controller.value,
+            "score_moments": self.scaler.state(),
+            "guards": self.guards.state(),
+            "config": self.resolved_config,
+        }
         self.checkpoints.save(step, state)
 
     def _resume(self) -> int:
@@ -161,14 +222,20 @@ class TrainingLoop:
                 )
         self.checkpoints.load(state["step"])
         self.trainer.kl_controller.value = state["kl_coef"]
+        self.scaler.load_state(state["score_moments"])
+        self.guards.load_state(state["guards"])
         self.trainer.steps_done = state["step"]
         return state["step"]
 
-    def _dump(self, step: int, rows: Sequence[int], responses: Sequence[Response], scores: Sequence[float]) -> Path:
-        path = self.folder / f"nonfinite_step_{step + 1}.jsonl"
+    def _dump(self, name: str, batch: Sequence[Scored]) -> Path:
+        path = self.folder / name
         if self.accelerator.is_main_process:
-            with path.open("w", encoding="utf-8") as file:
-                for row, response, score in zip(rows, responses, scores, strict=True):
-                    record = {"query": self.prompts.texts[row], "tokens": response.tokens, "score": score}
-                    file.write(json.dumps(record) + "\n")
+            dump(path, batch)
         return path
+
+
+def _sampled(responses: Sequence[Response]) -> Sampled | None:
+    """What decoding computed of a batch, or None where a forward pass is more exact."""
+    logprobs = [response.logprobs for response in responses if response.logprobs is not None]
+    values = [response.values for response in responses if response.values is not None]
+    return Sampled(logprobs, values or None) if len(logprobs) == len(responses) else None

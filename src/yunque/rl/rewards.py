@@ -1,9 +1,10 @@
-"""Rewards: what a classifier says of the responses."""
+"""Rewards: what classifiers and reward models say of the responses, alone or in a weighted sum."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +13,38 @@ from transformers import PreTrainedModel
 from yunque.errors import InputError
 from yunque.models.adapter import ModelAdapter
 from yunque.rl.config import RewardArguments
+
+REWARD_MODEL = "reward_model"
+"""Name of the reward model among the parts of a reward."""
+
+
+@dataclass(frozen=True)
+class RewardScores:
+    """Scores of n responses: ``total`` is trained on; ``parts`` are its summands before their weights.
+
+    All arrays are (n,). ``toxicity`` (probabilities) and ``watch`` (of the unseen scorer) are there where measured.
+    """
+
+    total: np.ndarray
+    parts: dict[str, np.ndarray]
+    toxicity: np.ndarray | None = None
+    watch: np.ndarray | None = None
+
+
+class Reward(Protocol):
+    """Scores responses; each response's scores depend on itself and its query alone."""
+
+    def scores(self, queries: Sequence[str], responses: Sequence[str], num_tokens: Sequence[int]) -> RewardScores:
+        """Scores of n responses, of ``num_tokens`` tokens each, the end token included."""
+        ...
+
+
+class Scorer(Protocol):
+    """One summand of a reward."""
+
+    def __call__(self, queries: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        """Scores (n,), one per response."""
+        ...
 
 
 class ClassifierScorer:
@@ -27,6 +60,11 @@ class ClassifierScorer:
         self.device = device
         self.truncated_texts = 0
         self.max_length = _max_length(model, tokenizer)
+
+    @property
+    def has_one_output(self) -> bool:
+        """Whether the model is a reward model with a score of its own rather than a classifier with labels."""
+        return self.model.config.num_labels == 1
 
     def label_index(self, label: str, option: str) -> int:
         """Index of a class by its name.
@@ -61,29 +99,105 @@ class ClassifierScorer:
         return logits
 
 
-class ClassifierReward:
-    """Reward of a response: the classifier's logit or probability of one label, for query and response or either."""
+class LabelScore:
+    """Score of responses by one label of a classifier, or by the only output of a reward model."""
 
-    def __init__(self, scorer: ClassifierScorer, adapter: ModelAdapter, args: RewardArguments) -> None:
+    def __init__(
+        self, scorer: ClassifierScorer, adapter: ModelAdapter, args: RewardArguments, *, label: str, option: str
+    ) -> None:
         self.scorer, self.adapter, self.args = scorer, adapter, args
-        self.label = scorer.label_index(args.reward_label, "reward_label")
-        self.toxic_label = scorer.label_index(args.toxicity_label, "toxicity_label")
+        self.label = 0 if scorer.has_one_output else scorer.label_index(label, option)
 
     def __call__(self, queries: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-        """Rewards in float32, one per response."""
-        return self.scores(queries, responses)[0]
+        """Scores (n,) in float32."""
+        return self.of_logits(self.logits(queries, responses))
 
-    def scores(self, queries: Sequence[str], responses: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Rewards, and probabilities of the toxic label, one of each per response."""
-        logits = self.scorer.logits(self._texts(queries, responses))
-        probabilities = softmax(logits)
-        rewards = logits if self.args.reward_output == "logit" else probabilities
-        return rewards[:, self.label], probabilities[:, self.toxic_label]
-
-    def _texts(self, queries: Sequence[str], responses: Sequence[str]) -> list[str]:
+    def logits(self, queries: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        """Logits (n, classes) of queries with their responses, or of the responses alone."""
         if self.args.reward_text == "response":
-            return list(responses)
-        return [self.adapter.join_text(query, response) for query, response in zip(queries, responses, strict=True)]
+            return self.scorer.logits(responses)
+        pairs = zip(queries, responses, strict=True)
+        return self.scorer.logits([self.adapter.join_text(query, response) for query, response in pairs])
+
+    def of_logits(self, logits: np.ndarray) -> np.ndarray:
+        """Scores (n,) from logits (n, classes): the label's logit or its probability."""
+        as_logit = self.args.reward_output == "logit" or self.scorer.has_one_output
+        return (logits if as_logit else softmax(logits))[:, self.label]
+
+
+class ClassifierReward:
+    """Reward of one model, which is also the judge of toxicity where it has labels.
+
+    A model with one output (a reward model trained on pairs) scores by it and measures no toxicity.
+    """
+
+    def __init__(self, scorer: ClassifierScorer, adapter: ModelAdapter, args: RewardArguments) -> None:
+        self.scorer = scorer
+        self.score = LabelScore(scorer, adapter, args, label=args.reward_label, option="reward_label")
+        self.toxic_label: int | None = None
+        if not scorer.has_one_output:
+            self.toxic_label = scorer.label_index(args.toxicity_label, "toxicity_label")
+
+    def __call__(self, queries: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        """Rewards (n,) in float32."""
+        return self.score(queries, responses)
+
+    def scores(
+        self, queries: Sequence[str], responses: Sequence[str], num_tokens: Sequence[int] | None = None
+    ) -> RewardScores:
+        """Rewards, and the toxicity from the same forward pass; the number of tokens does not matter here."""
+        logits = self.score.logits(queries, responses)
+        rewards = self.score.of_logits(logits)
+        toxicity = None if self.toxic_label is None else softmax(logits)[:, self.toxic_label]
+        return RewardScores(rewards, {REWARD_MODEL: rewards}, toxicity)
+
+
+class WeightedReward:
+    """Weighted sum of the reward model (if any) and further scorers, less a charge on length.
+
+    total = sum_i weight_i * part_i - length_penalty * |tokens - length_target|. ``weights`` holds the reward model's
+    first, then one per entry of ``further``. ``watch`` is scored beside them and enters no sum.
+    """
+
+    def __init__(
+        self,
+        args: RewardArguments,
+        reward_model: ClassifierReward | None,
+        further: Mapping[str, Scorer],
+        weights: Sequence[float],
+        watch: LabelScore | None = None,
+    ) -> None:
+        self.args, self.reward_model, self.further = args, reward_model, dict(further)
+        self.weights, self.watch = list(weights), watch
+
+    @property
+    def measures_toxicity(self) -> bool:
+        """Whether the reward model is a classifier that has the label of toxicity."""
+        return self.reward_model is not None and self.reward_model.toxic_label is not None
+
+    @property
+    def truncated_texts(self) -> int:
+        """Texts that were longer than a model reads, counted once per model."""
+        models = [self.reward_model, *self.further.values(), self.watch]
+        return sum(model.scorer.truncated_texts for model in models if isinstance(model, ClassifierReward | LabelScore))
+
+    def scores(self, queries: Sequence[str], responses: Sequence[str], num_tokens: Sequence[int]) -> RewardScores:
+        """Scores of n responses in float64."""
+        parts: dict[str, np.ndarray] = {}
+        toxicity = None
+        if self.reward_model is not None:
+            scored = self.reward_model.scores(queries, responses)
+            parts, toxicity = scored.parts, scored.toxicity
+        parts |= {name: score(queries, responses) for name, score in self.further.items()}
+        total = np.zeros(len(responses))
+        for weight, part in zip(self.weights, parts.values(), strict=True):
+            total += weight * part.astype(float)
+        if self.args.length_penalty:
+            excess = np.abs(np.asarray(num_tokens, dtype=float) - self.args.length_target)
+            parts["length_penalty"] = -self.args.length_penalty * excess
+            total += parts["length_penalty"]
+        watch = None if self.watch is None else self.watch(queries, responses)
+        return RewardScores(total, parts, toxicity, watch)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +17,15 @@ from yunque.rl.masked import masked_mean, masked_var
 class Rollout:
     """One global batch of B responses of up to R tokens, as the policy before its update saw it.
 
-    scores_B: reward per response; every other tensor is (B, R) and is meaningful where mask_BR is 1.
+    scores_B: reward per response; groups_B: index into ``groups``, the labels of the groups, of each response; every
+    other tensor is (B, R) and is meaningful where mask_BR is 1.
     """
 
     queries: Sequence[Sequence[int]]
     responses: Sequence[Sequence[int]]
     scores_B: Tensor
+    groups: Sequence[Hashable]
+    groups_B: Tensor
     mask_BR: Tensor
     logprobs_BR: Tensor
     ref_logprobs_BR: Tensor
@@ -69,14 +72,36 @@ def rollout_statistics(rollout: Rollout, penalty_BR: Tensor, kl_coef: float) -> 
     return {name: float(value) for name, value in statistics.items()}
 
 
+def group_statistics(rollout: Rollout, advantages_BR: Tensor) -> dict[str, float]:
+    """Per group of the batch: responses, mean reward, advantage (over tokens) and KL (nats per response)."""
+    mask_BR = rollout.mask_BR
+    kl_B = (rollout.kl_BR * mask_BR).sum(dim=1)
+    statistics: dict[str, float] = {}
+    for index, name in enumerate(rollout.groups):
+        rows = rollout.groups_B == index
+        statistics |= {
+            f"group/{name}/responses": float(rows.sum()),
+            f"group/{name}/reward": rollout.scores_B[rows].mean().item(),
+            f"group/{name}/advantage": masked_mean(advantages_BR[rows], mask_BR[rows]).item(),
+            f"group/{name}/kl": kl_B[rows].mean().item(),
+        }
+    return statistics
+
+
 def update_statistics(
-    minibatch_means: Sequence[Tensor], variances: Sequence[tuple[float, float]], vf_coef: float
+    minibatch_means: Sequence[Tensor], variances: Sequence[tuple[float, float]], vf_coef: float, *, values: bool
 ) -> dict[str, float]:
-    """Plain means over minibatches; ``variances`` are those of returns and old values of each minibatch."""
+    """Plain means over minibatches; ``variances`` are those of returns and old values of each minibatch.
+
+    What concerns the value head is left out without ``values``.
+    """
     means = dict(zip(MINIBATCH_STATISTICS, torch.stack(list(minibatch_means)).mean(dim=0).tolist(), strict=True))
     statistics = {f"ppo/{name}": value for name, value in means.items()}
-    statistics["ppo/loss/total"] = means["loss/policy"] + vf_coef * means["loss/value"]
     statistics["ppo/returns/var"] = sum(returns for returns, _ in variances) / len(variances)
+    if not values:
+        without = {name: value for name, value in statistics.items() if "/val" not in name}
+        return without | {"ppo/loss/total": means["loss/policy"]}
+    statistics["ppo/loss/total"] = means["loss/policy"] + vf_coef * means["loss/value"]
     statistics["ppo/val/var"] = sum(values for _, values in variances) / len(variances)
     returns_var = statistics["ppo/returns/var"]
     statistics["ppo/val/var_explained"] = 1 - means["val/error"] / returns_var if returns_var else 0.0

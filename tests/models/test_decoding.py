@@ -30,7 +30,7 @@ MODELS = {
 
 @pytest.fixture(params=MODELS)
 def case(request, monkeypatch):
-    monkeypatch.setattr(decoding, "_PREFILL_TOKENS", {"cpu": 8})  # several prefill passes for these few queries
+    monkeypatch.setattr(decoding, "_PASS_TOKENS", {"cpu": 8})  # several prefill passes for these few queries
     build, decoder = MODELS[request.param]
     model = build()
     if request.param == "t5-gated-untied":
@@ -115,7 +115,13 @@ def test_an_adapter_takes_part():
         assert not torch.allclose(logits[0], expected(model, 0, 1)[0], atol=1e-2)
 
 
-def test_length_batches_hold_neighbours_within_the_budget():
-    assert list(length_batches([5, 1, 9, 2, 2], 6)) == [[1, 3, 4], [0], [2]]
-    assert list(length_batches([], 6)) == []
-    assert list(length_batches([3, 3, 3, 3], 6)) == [[0, 1], [2, 3]]
+def test_length_batches_hold_neighbours_within_the_budget(monkeypatch):
+    monkeypatch.setattr(decoding, "_PASS_TOKENS", {"cpu": 6})
+
+    def batches(*lengths, **options):
+        return list(length_batches([[7] * length for length in lengths], CPU, **options))
+
+    assert batches(5, 1, 9, 2, 2) == [[1, 3, 4], [0], [2]]
+    assert batches() == []
+    assert batches(3, 3, 3, 3) == [[0, 1], [2, 3]]
+    assert batches(1, 1, 1, 1, 1, most_rows=2) == [[0, 1], [2, 3], [4]]

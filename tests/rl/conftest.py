@@ -23,12 +23,14 @@ def golden():
     return json.loads(GOLDEN.read_text())
 
 
-def _model(family, *, lora=False, dropout=0.0, **options):
+def _model(family, *, lora=False, dropout=0.0, lora_modules=None, **options):
     model = tiny.FAMILIES[family](**options)
     if lora:
         torch.manual_seed(0)
         task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-        model = get_peft_model(model, LoraConfig(r=4, task_type=task, lora_dropout=dropout))
+        model = get_peft_model(
+            model, LoraConfig(r=4, task_type=task, lora_dropout=dropout, target_modules=lora_modules)
+        )
     return model
 
 
@@ -41,9 +43,18 @@ def _move_adapter(model):
 
 
 def _trainer(
-    family, *, lora=False, trained_adapter=False, dropout=0.0, optimizer=None, total_steps=10, temperature=1.0, **config
+    family,
+    *,
+    lora=False,
+    lora_modules=None,
+    trained_adapter=False,
+    dropout=0.0,
+    optimizer=None,
+    total_steps=10,
+    temperature=1.0,
+    **config,
 ):
-    model = _model(family, lora=lora or trained_adapter, dropout=dropout)
+    model = _model(family, lora=lora or trained_adapter, dropout=dropout, lora_modules=lora_modules)
     if trained_adapter:
         _move_adapter(model)  # as if a fine-tuning run had trained it
     torch.manual_seed(0)  # the value head's weights

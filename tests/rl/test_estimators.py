@@ -198,6 +198,31 @@ def test_known_logprobs_and_values_spare_a_forward_pass_and_change_nothing(train
         assert statistics[1][name] == pytest.approx(statistics[0][name], rel=1e-4, abs=1e-5), name
 
 
+def test_an_encoder_that_does_not_train_encodes_every_query_once(trainer_of, weights_of):
+    ends, statistics, encoded = [], [], []
+    for shared in (False, True):
+        trainer = trainer_of("t5", lora=True, lora_modules=r"decoder.*\.(q|v)", ppo_epochs=2, optimizer=torch.optim.SGD)
+        assert trainer.encodings.usable
+        trainer.encodings.usable = shared
+        count = []
+        encoder = trainer.unwrapped.model.get_base_model().get_encoder()
+        encoder.register_forward_hook(lambda *args, count=count: count.append(len(args[2].last_hidden_state)))
+        for _ in range(2):
+            statistics.append(trainer.step(QUERIES, RESPONSES, SCORES))
+        ends.append(weights_of(trainer))
+        encoded.append(sum(count))
+    assert encoded == [2 * 4 * (1 + 1 + 2), 2 * 4]  # policy, reference and two epochs each; or once for all
+    for name, weight in ends[1].items():
+        torch.testing.assert_close(weight, ends[0][name], rtol=1e-4, atol=1e-6, msg=name)
+    assert statistics[3]["objective/kl"] == pytest.approx(statistics[1]["objective/kl"], rel=1e-3, abs=1e-5)
+
+
+def test_an_encoder_that_trains_is_not_shared(trainer_of):
+    assert not trainer_of("t5").encodings.usable
+    assert not trainer_of("t5", lora=True).encodings.usable
+    assert not trainer_of("llama", lora=True).encodings.usable
+
+
 def test_minibatches_hold_rows_of_similar_length_unless_told_otherwise(trainer_of):
     seen = {}
     for grouped in (True, False):

@@ -18,9 +18,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from yunque.models.adapter import ModelAdapter, TokenIds
 
-_PREFILL_TOKENS = {"cpu": 1024}
-"""Padded query tokens per forward pass: a CPU gains nothing from larger passes and loses by their padding."""
-_PREFILL_TOKENS_ELSEWHERE = 65_536
+_PASS_TOKENS = {"cpu": 1024}
+"""Padded tokens per forward pass: a CPU gains nothing from larger passes and loses by their padding."""
+_PASS_TOKENS_ELSEWHERE = 65_536
 
 
 class Decoder(ABC):
@@ -101,22 +101,22 @@ class ModelDecoder(Decoder):
                 self.inputs[name] = value[rows]
 
 
-def length_batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Split rows, shortest first, into batches of at most ``tokens`` padded tokens (one row at least)."""
+def length_batches(
+    rows: Sequence[TokenIds], device: torch.device, *, most_rows: int | None = None
+) -> Iterator[list[int]]:
+    """Numbers of ``rows`` that are forwarded together, shortest first: as many as a forward pass gains by.
+
+    At most ``most_rows`` at once, and as many padded tokens as ``device`` works on at its full speed.
+    """
+    most_tokens = _PASS_TOKENS.get(device.type, _PASS_TOKENS_ELSEWHERE)
     batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if batch and (len(batch) + 1) * lengths[row] > tokens:
+    for row in sorted(range(len(rows)), key=lambda row: len(rows[row])):
+        if batch and (len(batch) == most_rows or (len(batch) + 1) * len(rows[row]) > most_tokens):
             yield batch
             batch = []
         batch.append(row)
     if batch:
         yield batch
-
-
-def prefill_batches(queries: Sequence[TokenIds], device: torch.device) -> Iterator[list[int]]:
-    """Rows of ``queries`` that are forwarded together."""
-    tokens = _PREFILL_TOKENS.get(device.type, _PREFILL_TOKENS_ELSEWHERE)
-    return length_batches([len(query) for query in queries], tokens)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from yunque.models.adapter import ModelAdapter, TokenIds
-from yunque.models.decoding import Decoder, additive, attend, prefill_batches
+from yunque.models.decoding import Decoder, additive, attend, length_batches
 
 
 class CausalDecoder(Decoder):
@@ -27,7 +27,7 @@ class CausalDecoder(Decoder):
         self.positions_B = torch.tensor([len(query) for query in queries], device=device)
         self.caches: list[tuple[Tensor, Tensor]] = []
         hidden: list[Tensor | None] = [None] * len(queries)
-        for rows in prefill_batches(queries, device):
+        for rows in length_batches(queries, device):
             inputs = adapter.generation_inputs([queries[row] for row in rows], device)
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
             output = self.body(**inputs, use_cache=True)

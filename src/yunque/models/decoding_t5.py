@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from yunque.models.adapter import ModelAdapter, TokenIds
-from yunque.models.decoding import Decoder, additive, attend, prefill_batches
+from yunque.models.decoding import Decoder, additive, attend, length_batches
 
 
 class T5Decoder(Decoder):
@@ -73,7 +73,7 @@ class T5Decoder(Decoder):
         longest = max(len(query) for query in queries)
         mask_BQ = torch.zeros((len(queries), longest), dtype=torch.bool, device=device)
         cross: list[tuple[Tensor, Tensor]] = []
-        for rows in prefill_batches(queries, device):
+        for rows in length_batches(queries, device):
             inputs = adapter.generation_inputs([queries[row] for row in rows], device)
             encoded = self.model.get_encoder()(**inputs).last_hidden_state
             width = encoded.shape[1]

@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from yunque.errors import InputError
-from yunque.models.adapter import ModelAdapter
+from yunque.models.adapter import ModelAdapter, pad
+from yunque.models.decoding import length_batches
 from yunque.rl.config import RewardArguments
 
 REWARD_MODEL = "reward_model"
@@ -80,22 +81,17 @@ class ClassifierScorer:
     @torch.no_grad()
     def logits(self, texts: Sequence[str]) -> np.ndarray:
         """Class logits in float32, shape (texts, classes), in the order of ``texts``."""
-        encoded = self.tokenizer(list(texts), add_special_tokens=True)["input_ids"]
-        lengths = np.array([len(ids) for ids in encoded])
-        self.truncated_texts += int((lengths > self.max_length).sum())
-        order = np.argsort(lengths, kind="stable")
+        encoded = self.tokenizer(list(texts), verbose=False)["input_ids"]
+        for row, ids in enumerate(encoded):
+            if len(ids) > self.max_length:
+                self.truncated_texts += 1
+                encoded[row] = self.tokenizer(texts[row], truncation=True, max_length=self.max_length)["input_ids"]
         logits = np.zeros((len(texts), self.model.config.num_labels), dtype=np.float32)
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            batch = self.tokenizer(
-                [texts[row] for row in rows],
-                padding=True,
-                truncation=True,
-                max_length=self.max_length,
-                return_tensors="pt",
-            ).to(self.device)
-            batch.pop("token_type_ids", None)
-            logits[rows] = self.model(**batch).logits.float().cpu().numpy()
+        for rows in length_batches(encoded, self.device, most_rows=self.batch_size):
+            left = self.tokenizer.padding_side == "left"
+            input_ids, mask = pad([encoded[row] for row in rows], self.tokenizer.pad_token_id, self.device, left=left)
+            output = self.model(input_ids=input_ids, attention_mask=mask.long())
+            logits[rows] = output.logits.float().cpu().numpy()
         return logits
 
 

@@ -16,12 +16,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from transformers import get_scheduler
 
 from yunque.errors import CheckFailed, InputError
 from yunque.models.adapter import ScoringBatch, TokenIds, pad
+from yunque.models.encodings import QueryEncodings
 from yunque.models.policy import Policy, Reference, TokenScores, disable_dropout
 from yunque.rl.advantages import Rewards, estimate_advantages, token_rewards
 from yunque.rl.config import PPOConfig
@@ -30,6 +31,8 @@ from yunque.rl.losses import policy_loss, row_weights, value_loss
 from yunque.rl.statistics import Rollout, group_statistics, minibatch_variances, rollout_statistics, update_statistics
 
 T = TypeVar("T")
+
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class PPOTrainer:
         scheduler = get_scheduler(
             config.lr_scheduler_type, optimizer, config.warmup_steps * updates, total_steps * updates
         )
+        self.encodings = QueryEncodings(policy.model, sharded=accelerator.distributed_type in _SHARDED)
         self.unwrapped = policy
         self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
         self.scheduler = scheduler
@@ -154,22 +158,21 @@ class PPOTrainer:
         """Log-probabilities, values and KL of all responses; this rank forwards its share, shortest rows first."""
         _check_finite("the reward", scores_B)
         device = self.accelerator.device
-        queries_here, responses_here = self.share(queries), self.share(responses)
+        here = self.share(range(len(queries)))
         mask_BR = pad(responses, 0, device)[1]
-        numbers = torch.zeros((4, len(queries_here), mask_BR.shape[1]), device=device)
+        numbers = torch.zeros((4, len(here), mask_BR.shape[1]), device=device)
         rows_per_pass = self.config.mini_batch_size // self.accelerator.num_processes
         known = None if self.config.kl_estimator == "full" else sampled
         self.policy.eval()
-        order = self._by_length(queries_here, responses_here, range(len(queries_here)))
+        self.encodings.clear()
+        order = self._by_length(queries, responses, here)
         with nullcontext() if known is None else self.reference.model():  # switching adapters once is enough
             for start in range(0, len(order), rows_per_pass):
                 rows = order[start : start + rows_per_pass]
-                batch = self.adapter.scoring_batch(
-                    [queries_here[row] for row in rows], [responses_here[row] for row in rows], device
-                )
+                batch = self._batch(queries, responses, rows)
                 ours = None if known is None else self._known(known, rows, batch.mask_BR)
                 scored = self._forward_pair(batch, ours)
-                numbers[:, rows, : scored.shape[2]] = scored
+                numbers[:, [row - here[0] for row in rows], : scored.shape[2]] = scored
         numbers = self.accelerator.gather(numbers.transpose(0, 1).contiguous()).transpose(0, 1) * mask_BR
         _check_finite("log-probabilities or values of the policy", numbers)
         names = list(dict.fromkeys(labels))
@@ -177,13 +180,12 @@ class PPOTrainer:
         return Rollout(queries, responses, scores_B, names, groups_B, mask_BR, *numbers)
 
     def _known(self, sampled: Sampled, rows: Sequence[int], mask_BR: Tensor) -> TokenScores:
-        """What sampling computed of this rank's ``rows``, as a forward pass would return it."""
+        """What sampling computed of ``rows``, as a forward pass would return it."""
         columns = torch.zeros((2, *mask_BR.shape), device=mask_BR.device)
-        logprobs, values = self.share(sampled.logprobs), sampled.values and self.share(sampled.values)
         for index, row in enumerate(rows):
-            columns[0, index, : len(logprobs[row])] = torch.tensor(logprobs[row])
-            if values:
-                columns[1, index, : len(values[row])] = torch.tensor(values[row])
+            columns[0, index, : len(sampled.logprobs[row])] = torch.tensor(sampled.logprobs[row])
+            if sampled.values:
+                columns[1, index, : len(sampled.values[row])] = torch.tensor(sampled.values[row])
         return TokenScores(columns[0], torch.zeros_like(columns[0]), columns[1])
 
     def _forward_pair(self, batch: ScoringBatch, ours: TokenScores | None) -> Tensor:
@@ -198,6 +200,14 @@ class PPOTrainer:
             kl_BR = kl_per_token(self.config.kl_estimator, ours.logprobs_BR, theirs.logprobs_BR)
         values_BR = torch.zeros_like(kl_BR) if ours.values_BR is None else ours.values_BR.float()
         return torch.stack([ours.logprobs_BR, theirs.logprobs_BR, values_BR, kl_BR])
+
+    def _batch(self, queries: Sequence[TokenIds], responses: Sequence[TokenIds], rows: Sequence[int]) -> ScoringBatch:
+        """Inputs that score the responses of ``rows``, with encoder states at hand where these never change."""
+        batch = self.adapter.scoring_batch(
+            [queries[row] for row in rows], [responses[row] for row in rows], self.accelerator.device
+        )
+        with self.accelerator.autocast():
+            return self.encodings.attach(batch, rows)
 
     def _by_length(self, queries: Sequence[TokenIds], responses: Sequence[TokenIds], rows: Sequence[int]) -> list[int]:
         """Sort ``rows`` so that neighbours are padded little: by query, which is long, and by response."""
@@ -275,9 +285,7 @@ class PPOTrainer:
         self, rollout: Rollout, advantages_BR: Tensor, returns_BR: Tensor, rows: Sequence[int], weights_B: Tensor
     ) -> Tensor:
         """Forward and backward of this rank's rows of a minibatch; returns the token sums of its statistics."""
-        batch = self.adapter.scoring_batch(
-            [rollout.queries[row] for row in rows], [rollout.responses[row] for row in rows], self.accelerator.device
-        )
+        batch = self._batch(rollout.queries, rollout.responses, rows)
         window = (list(rows), slice(0, batch.mask_BR.shape[1]))
         mask_BR, advantages_BR, returns_BR = batch.mask_BR, advantages_BR[window], returns_BR[window]
         old_logprobs_BR, old_values_BR = rollout.logprobs_BR[window], rollout.values_BR[window]

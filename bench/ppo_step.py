@@ -45,7 +45,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--mini-batch", type=int, default=4)
     parser.add_argument("--no-lora", action="store_true", help="train all weights")
+    parser.add_argument("--lora-modules", help="regular expression of the layers to adapt; TRL's choice if unset")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--profile", action="store_true", help="print where one step's CPU time goes, and nothing else")
     parser.add_argument("--peer-python", help="interpreter with TRL 0.11.4; runs both in turn and prints the ratio")
     parser.add_argument("--peer-path", help="folder with TRL 0.11.4, to be imported by this interpreter instead")
     parser.add_argument("--peer-option", action="append", default=[], help="passed on, e.g. --per-prompt-generate")
@@ -79,6 +81,7 @@ def build_policy(options: argparse.Namespace):
     if not options.no_lora:
         seq2seq = options.arch == "seq2seq"
         targets, task = (["q", "v"], "SEQ_2_SEQ_LM") if seq2seq else (["c_attn"], "CAUSAL_LM")
+        targets = options.lora_modules or targets
         lora = LoraConfig(
             r=32, lora_alpha=32, lora_dropout=0.05, target_modules=targets, task_type=task, fan_in_fan_out=not seq2seq
         )
@@ -143,11 +146,14 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         resolved_config={},
     )
     loop.step(0)
+    if options.profile:
+        return profile(loop)
     wall, cpu = time.perf_counter(), time.process_time()
     logs = [loop.step(step) for step in range(1, options.steps + 1)]
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     samples = options.batch * options.steps
-    parts = {name: statistics.mean(log[f"time/ppo/{name}"] for log in logs) for name in ("generate", "reward", "total")}
+    names = ("generate", "reward", "forward_pass", "optimize_step")
+    parts = {name: statistics.mean(log[f"time/ppo/{name}"] for log in logs) for name in names}
     return {
         "impl": "yunque", "torch": torch.__version__, "transformers": transformers.__version__,
         "arch": options.arch, "shape": options.shape, "lora": not options.no_lora, "threads": options.threads,
@@ -157,6 +163,21 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         "response_tokens": round(statistics.mean(log["tokens/responses_len_mean"] for log in logs), 1),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }  # fmt: skip
+
+
+def profile(loop) -> dict[str, object]:
+    """Share of the CPU time of one step by torch operator, and what Python and dispatch leave around them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cpu = time.process_time()
+    loop.step(1)
+    cpu = time.process_time() - cpu  # without what profiling adds
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        loop.step(2)
+    operators = sorted(recorded.key_averages(), key=lambda entry: -entry.self_cpu_time_total)
+    shares = {entry.key: round(entry.self_cpu_time_total / 1e6 / cpu, 3) for entry in operators[:14]}
+    calls = {entry.key: entry.count for entry in operators[:14]}
+    return {"cpu_s": round(cpu, 2), "share_of_cpu_s": shares, "calls": calls}
 
 
 def compare(options: argparse.Namespace) -> dict[str, object]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from yunque.models.adapter import ModelAdapter, TokenIds
-from yunque.models.decoding import Decoder, additive, attend, length_batches
+from yunque.models.decoding import Decoder, additive, attend, length_batches, plain
 
 
 class CausalDecoder(Decoder):
@@ -20,7 +20,7 @@ class CausalDecoder(Decoder):
     def __init__(
         self, model: Any, adapter: ModelAdapter, queries: Sequence[TokenIds], max_new_tokens: int, device: torch.device
     ) -> None:
-        self.model, self.body = model, model.base_model
+        self.body, self.head = model.base_model, plain(model.get_output_embeddings())
         self.length = max(len(query) for query in queries)
         columns = self.length + max_new_tokens
         mask_BT = torch.ones((len(queries), columns), dtype=torch.bool, device=device)
@@ -51,14 +51,14 @@ class CausalDecoder(Decoder):
 
     def first(self) -> tuple[Tensor, Tensor]:
         """The query's last hidden state predicts the first token."""
-        return self.model.get_output_embeddings()(self.hidden_BD), self.hidden_BD
+        return self.head(self.hidden_BD), self.hidden_BD
 
     def step(self, tokens_B: Tensor) -> tuple[Tensor, Tensor]:
         """Run the new position through all layers."""
         hidden_BD = self._forward(tokens_B)
         self.length += 1
         self.positions_B += 1
-        return self.model.get_output_embeddings()(hidden_BD), hidden_BD
+        return self.head(hidden_BD), hidden_BD
 
     @abstractmethod
     def _forward(self, tokens_B: Tensor) -> Tensor:
@@ -90,9 +90,9 @@ class GPT2Decoder(CausalDecoder):
         x_BD = self.body.wte(tokens_B) + self.body.wpe(self.positions_B)
         for index, block in enumerate(self.body.h):
             attention = block.attn
-            joint = attention.c_attn(block.ln_1(x_BD))
+            joint = plain(attention.c_attn)(block.ln_1(x_BD))
             query, key, value = joint.unflatten(-1, (3, attention.num_heads, attention.head_dim)).unbind(1)
-            x_BD = x_BD + attention.c_proj(self._attend(index, query, key, value, attention.scaling))
+            x_BD = x_BD + plain(attention.c_proj)(self._attend(index, query, key, value, attention.scaling))
             x_BD = x_BD + block.mlp(block.ln_2(x_BD))
         return self.body.ln_f(x_BD)
 
@@ -112,7 +112,7 @@ class LlamaDecoder(CausalDecoder):
         for index, layer in enumerate(self.body.layers):
             attention, normed = layer.self_attn, layer.input_layernorm(x_BD)
             query, key, value = (
-                projection(normed).unflatten(-1, (-1, attention.head_dim))
+                plain(projection)(normed).unflatten(-1, (-1, attention.head_dim))
                 for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
             query, key = (x.squeeze(2) for x in apply_rotary_pos_emb(query.unsqueeze(2), key.unsqueeze(2), *rotation))

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from yunque.models.adapter import ModelAdapter, TokenIds
-from yunque.models.decoding import Decoder, additive, attend, length_batches
+from yunque.models.decoding import Decoder, additive, attend, length_batches, plain
+
+
+class _Layer:
+    """The modules of one decoder layer, looked up once and not at every token."""
+
+    def __init__(self, block: Any) -> None:
+        own, cross, self.feed_forward = block.layer
+        self.norm, self.cross_norm = own.layer_norm, cross.layer_norm
+        self.q, self.k, self.v, self.o = (plain(getattr(own.SelfAttention, name)) for name in "qkvo")
+        self.cross_q, self.cross_k, self.cross_v, self.cross_o = (
+            plain(getattr(cross.EncDecAttention, name)) for name in "qkvo"
+        )
 
 
 class T5Decoder(Decoder):
@@ -20,9 +32,12 @@ class T5Decoder(Decoder):
     ) -> None:
         self.model, self.stack = model, model.get_decoder()
         self.heads: int = model.config.num_heads
+        self.head = plain(model.lm_head)
+        self.scale = model.config.d_model**-0.5 if model.config.scale_decoder_outputs else None
         self.length = 0
         self.query_mask = torch.empty(0)
         self.start_B = torch.full((len(queries),), model.config.decoder_start_token_id, device=device)
+        self.layers = [_Layer(block) for block in self.stack.block]
         cross = self._encode(adapter, queries, device)
         attention = self.stack.block[0].layer[0].SelfAttention
         self.bias_1HTT = attention.compute_bias(max_new_tokens, max_new_tokens, device=device).to(cross[0][0].dtype)
@@ -44,22 +59,19 @@ class T5Decoder(Decoder):
         now, until = self.length, self.length + 1
         bias = self.bias_1HTT[:, :, now:until, :until]
         x_BD = self.stack.embed_tokens(tokens_B)
-        for block, (keys, values, cross_keys, cross_values) in zip(self.stack.block, self.caches, strict=True):
-            own, cross, feed_forward = block.layer
-            normed, attention = own.layer_norm(x_BD), own.SelfAttention
-            keys[:, :, now] = self._by_head(attention.k(normed))
-            values[:, :, now] = self._by_head(attention.v(normed))
-            query = self._by_head(attention.q(normed))
-            x_BD = x_BD + attention.o(attend(query, keys[:, :, :until], values[:, :, :until], bias, 1.0))
-            attention = cross.EncDecAttention
-            query = self._by_head(attention.q(cross.layer_norm(x_BD)))
-            x_BD = x_BD + attention.o(attend(query, cross_keys, cross_values, self.query_mask, 1.0))
-            x_BD = feed_forward(x_BD)
+        for layer, (keys, values, cross_keys, cross_values) in zip(self.layers, self.caches, strict=True):
+            normed = layer.norm(x_BD)
+            keys[:, :, now] = self._by_head(layer.k(normed))
+            values[:, :, now] = self._by_head(layer.v(normed))
+            query = self._by_head(layer.q(normed))
+            x_BD = x_BD + layer.o(attend(query, keys[:, :, :until], values[:, :, :until], bias, 1.0))
+            query = self._by_head(layer.cross_q(layer.cross_norm(x_BD)))
+            x_BD = x_BD + layer.cross_o(attend(query, cross_keys, cross_values, self.query_mask, 1.0))
+            x_BD = layer.feed_forward(x_BD)
         self.length = until
         hidden_BD = self.stack.final_layer_norm(x_BD)
-        config = self.model.config
-        scaled_BD = hidden_BD * config.d_model**-0.5 if config.scale_decoder_outputs else hidden_BD
-        return self.model.lm_head(scaled_BD), hidden_BD
+        scaled_BD = hidden_BD * self.scale if self.scale else hidden_BD
+        return self.head(scaled_BD), hidden_BD
 
     def keep(self, rows: Tensor) -> None:
         """Select the rows of every cache."""
@@ -78,9 +90,8 @@ class T5Decoder(Decoder):
             encoded = self.model.get_encoder()(**inputs).last_hidden_state
             width = encoded.shape[1]
             mask_BQ[rows, :width] = inputs["attention_mask"].bool()
-            for index, block in enumerate(self.stack.block):
-                attention = block.layer[1].EncDecAttention
-                pair = [layer(encoded).unflatten(-1, (self.heads, -1)) for layer in (attention.k, attention.v)]
+            for index, layer in enumerate(self.layers):
+                pair = [self._by_head(projection(encoded)) for projection in (layer.cross_k, layer.cross_v)]
                 if index == len(cross):
                     shape = (len(queries), self.heads, longest, pair[0].shape[-1])
                     cross.append((pair[0].new_zeros(shape), pair[0].new_zeros(shape)))

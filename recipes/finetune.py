@@ -1,10 +1,11 @@
-"""Fine-tune an encoder-decoder model on texts with reference answers: all weights, or a LoRA adapter.
+"""Fine-tune a language model on prompts with answers: all weights, LoRA, QLoRA (nf4) or prompt tuning.
 
     python recipes/finetune.py --config recipes/configs/finetune_flan_t5_base.yaml
-    python recipes/finetune.py --config recipes/configs/finetune_dialogsum_t5_scratch.yaml
+    python recipes/finetune.py --config recipes/configs/finetune_stories260k_alpaca.yaml
     accelerate launch --config_file launch/ddp.yaml --num_processes 4 recipes/finetune.py --config ...
 
-Ends with loss and ROUGE-L on the test split. Stop it with Ctrl-C or SIGTERM and go on with --resume.
+Encoder-decoder or decoder-only follows from the model. Ends with loss and ROUGE-L on the test split, and on an old task
+before and after. Stop it with Ctrl-C or SIGTERM and go on with --resume. Which method and why: docs/finetuning.md
 """
 
 from __future__ import annotations
@@ -14,23 +15,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from yunque.arguments import parse
-from yunque.data.arguments import DataArguments
+from yunque.data.arguments import DataArguments, MixtureArguments, TemplateArguments
 from yunque.distributed.supervised import SupervisedArguments
 from yunque.errors import InputError, run
-from yunque.models.arguments import ModelArguments
+from yunque.models.arguments import ModelArguments, PromptTuningArguments
 from yunque.models.scratch import ScratchArguments
 
 
 @dataclass
 class TargetArguments:
-    """The answers: how long they may be, in training and in the evaluation at the end."""
+    """The answers: how long they may be, in training and in the evaluation at the end, and how they are batched."""
 
     max_target_length: int = field(default=128, metadata={"help": "Cut reference answers to this many tokens."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer generated for ROUGE-L, in tokens."})
+    packing: bool = field(
+        default=False, metadata={"help": "Put several short rows into one sequence (decoder-only models)."}
+    )
+    packing_length: int = field(default=512, metadata={"help": "Tokens of such a sequence."})
 
     def __post_init__(self) -> None:
         """Check the lengths."""
-        for name in ("max_target_length", "max_new_tokens"):
+        for name in ("max_target_length", "max_new_tokens", "packing_length"):
             if getattr(self, name) < 2:
                 raise InputError(f"{name}: {getattr(self, name)} leaves no answer; give 2 or more")
 
@@ -39,25 +44,43 @@ def main() -> None:
     """Fine-tune, answer the test split, save the model folder."""
     # ---- arguments ----
     groups = parse(
-        SupervisedArguments, ModelArguments, ScratchArguments, DataArguments, TargetArguments, description=__doc__
+        SupervisedArguments,
+        ModelArguments,
+        PromptTuningArguments,
+        ScratchArguments,
+        DataArguments,
+        TemplateArguments,
+        MixtureArguments,
+        TargetArguments,
+        description=__doc__,
     )
-    args, model_args, scratch_args, data_args, target_args = groups
+    args, model_args, prompt_args, scratch_args, data_args, template_args, mixture_args, target_args = groups
     if scratch_args.model_type not in (None, "t5"):
         raise InputError(f"model_type: {scratch_args.model_type} writes no answers; give t5 or leave it out")
-    if scratch_args.from_scratch and model_args.use_peft:
-        raise InputError("use_peft: an adapter needs a trained model under it; leave it or from_scratch out")
+    for name in ("use_peft", "load_in_4bit", "prompt_tuning_tokens"):
+        if scratch_args.from_scratch and (asdict(model_args) | asdict(prompt_args))[name]:
+            raise InputError(f"{name}: needs a trained model to stand on; leave it or from_scratch out")
+    if prompt_args.prompt_tuning_tokens and (model_args.merge_adapter or target_args.packing):
+        name = "merge_adapter" if model_args.merge_adapter else "packing"
+        raise InputError(f"{name}: virtual tokens stand before every single prompt; leave {name} out")
 
     from rich.console import Console
     from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments
 
     from yunque.artifacts import save_model_folder
-    from yunque.data.loading import load_splits
-    from yunque.data.prompts import prepare_prompts
-    from yunque.data.targets import encode_targets
+    from yunque.data.mixtures import (
+        Encoding,
+        load_task,
+        mix,
+        old_task_of,
+        prepare_task,
+        prompt_template_of,
+        tasks_of,
+    )
+    from yunque.data.targets import pack
+    from yunque.distributed.held_out import HeldOut, answer_rows, change, show_change
     from yunque.distributed.supervised import claim_output_dir, fit, remove_checkpoints, start_run, trainer_arguments
     from yunque.distributed.trainers import AnswerTrainer, label_loss
-    from yunque.metrics.bootstrap import bootstrap
-    from yunque.metrics.rouge import rouge_scores
     from yunque.models.adapter import adapter_for
     from yunque.models.embedded import use_embedded
     from yunque.models.loading import load_model, load_tokenizer, save_model, trainable_parameters
@@ -70,55 +93,86 @@ def main() -> None:
     console = Console(quiet=not main_process, soft_wrap=True)
     config = {name: value for group in groups for name, value in asdict(group).items()}
 
-    # ---- data ----
-    data = load_splits(data_args, args.seed)
-    console.print(str(data))
-
     # ---- model ----
+    tasks = tasks_of(data_args, template_args, mixture_args)
+    old_task = old_task_of(data_args, template_args, mixture_args)
     if scratch_args.from_scratch:
-        answers = [reference for references in data.train["references"] for reference in references]
-        tokenizer = train_tokenizer([*data.train["text"], *answers], "t5", scratch_args.vocab_size, spaced=True)
+        texts = [load_task(task, args.seed).train for task in tasks]
+        answers = [answer for rows in texts for references in rows["references"] for answer in references]
+        prompts = [text for rows in texts for text in rows["text"]]
+        tokenizer = train_tokenizer([*prompts, *answers], "t5", scratch_args.vocab_size, spaced=True)
         model = new_model(scratch_args, "t5", tokenizer, seed=args.seed)
     else:
         tokenizer = load_tokenizer(model_args)
-        model = load_model(model_args, tokenizer)
-    if not model.config.is_encoder_decoder:
-        raise InputError(
-            f"model_name_or_path: {model_args.model_name_or_path} is decoder-only; this recipe trains encoder-decoder "
-            "models (T5, BART) for now"
-        )
+        model = load_model(model_args, tokenizer, prompt_args)
+    encoder_decoder = model.config.is_encoder_decoder
+    if encoder_decoder and target_args.packing:
+        raise InputError(f"packing: {model.config.model_type} is an encoder-decoder model; leave packing out")
     console.print(trainable_parameters(model))
-    limit = adapter_for(model.config, tokenizer).prompt_limit(target_args.max_new_tokens)
-    train, test = (prepare_prompts(split, tokenizer, data_args, model_limit=limit) for split in (data.train, data.test))
-    train_rows, train_targets = encode_targets(train.dataset, tokenizer, target_args.max_target_length)
-    test_rows, test_targets = encode_targets(test.dataset, tokenizer, target_args.max_target_length)
-    console.print(f"train {train.report}\ntrain {train_targets}\ntest {test.report}\ntest {test_targets}")
+
+    # ---- data ----
+    adapter = adapter_for(model.config, tokenizer)
+    longest = target_args.max_new_tokens
+    if not encoder_decoder:  # prompt and answer share the positions
+        longest = max(longest, target_args.max_target_length) + (prompt_args.prompt_tuning_tokens or 0)
+    encoding = Encoding(encoder_decoder, adapter.prompt_limit(longest), target_args.max_target_length, adapter.eos_ids)
+    prepared = [prepare_task(task, tokenizer, encoding, args.seed) for task in tasks]
+    old = prepare_task(old_task, tokenizer, encoding, args.seed) if old_task else None
+    for task in [*prepared, *([old] if old else [])]:
+        console.print(task.report)
+    train_rows = mix([task.train for task in prepared], [task.weight for task in tasks], args.seed)
+    if len(tasks) > 1:
+        console.print(f"mixture: {len(train_rows):,} train rows of {', '.join(task.name for task in tasks)}")
+    if target_args.packing:
+        train_rows, packed = pack(train_rows, target_args.packing_length)
+        console.print(packed)
 
     # ---- trainer ----
-    arguments = trainer_arguments(args, Seq2SeqTrainingArguments, predict_with_generate=True)
-    claim_output_dir(args)
-    trainer = AnswerTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train_rows,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model),  # pads labels with -100, which the loss skips
-        compute_loss_func=label_loss(args.label_smoothing_factor),
-        processing_class=tokenizer,
+    if encoder_decoder:
+        arguments = trainer_arguments(args, Seq2SeqTrainingArguments)
+        claim_output_dir(args)
+        trainer = AnswerTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train_rows,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, model),  # pads labels with -100, which the loss skips
+            compute_loss_func=label_loss(args.label_smoothing_factor),
+            processing_class=tokenizer,
+        )
+    else:
+        from trl import SFTConfig  # here: it takes seconds to import
+
+        from yunque.distributed.causal import PREPARED, ContinuationTrainer
+
+        arguments = trainer_arguments(args, SFTConfig, packing=target_args.packing, **PREPARED)
+        claim_output_dir(args)
+        trainer = ContinuationTrainer(model=model, args=arguments, train_dataset=train_rows, processing_class=tokenizer)
+
+    # ---- before ----
+    held_out = HeldOut(
+        trainer.accelerator,
+        adapter,
+        tokenizer,
+        batch_size=args.per_device_eval_batch_size,
+        max_new_tokens=target_args.max_new_tokens,
     )
+    watched = [*(prepared if mixture_args.evaluate_before else []), *([old] if old else [])]
+    before = {task.name: held_out.scores(trainer.model, task.test) for task in watched}
 
     # ---- train ----
     metrics = fit(trainer, args)
 
     # ---- evaluate ----
-    output = trainer.answer(test_rows, max_new_tokens=target_args.max_new_tokens)
+    after = {task.name: held_out.scores(trainer.model, task.test) for task in [*prepared, *([old] if old else [])]}
     if not main_process:
         return
-    token_ids = output.predictions
-    token_ids[token_ids < 0] = tokenizer.pad_token_id
-    predictions = [text.strip() for text in tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
-    references = list(test.dataset["references"])
-    scores = rouge_scores(predictions, references)["rougeL"]
-    metrics |= {"eval_loss": output.metrics["test_loss"], "rougeL": bootstrap(scores, seed=args.seed).as_dict()}
+    scores = {task.name: after[task.name].as_dict(args.seed) for task in prepared}
+    metrics |= scores[tasks[0].name] if len(tasks) == 1 else {"tasks": scores}
+    changes = {name: change(before[name], after[name], args.seed) for name in before}
+    if old:
+        metrics["forgetting"] = {"task": old.name, **changes[old.name]}
+    if mixture_args.evaluate_before:
+        metrics["change"] = {task.name: changes[task.name] for task in prepared}
 
     # ---- save ----
     folder = Path(args.output_dir)
@@ -126,26 +180,32 @@ def main() -> None:
     def write(staging: Path) -> None:
         save_model(trainer.model, tokenizer, staging, merge=model_args.merge_adapter)
         with (staging / "predictions.jsonl").open("w", encoding="utf-8") as file:
-            for query, prediction, reference in zip(test.dataset["query"], predictions, references, strict=True):
-                row = {"query": query, "prediction": prediction, "references": reference}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            for task in prepared:
+                for row in answer_rows(task.test, after[task.name]):
+                    row = {"task": task.name, **row} if len(tasks) > 1 else row
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     save_model_folder(
         folder,
         write,
         stage="finetune",
         parents=parents,
-        data=data.sources,
-        prompt_template=data_args.prompt_template,
+        data=[source for task in [*prepared, *([old] if old else [])] for source in task.sources],
+        prompt_template=prompt_template_of(tasks),
         seed=args.seed,
         config=config,
         metrics=metrics,
     )
     remove_checkpoints(args)
-    console.print(
-        f"test: loss {metrics['eval_loss']:.3f}, ROUGE-L {scores.mean():.3f} "
-        f"[{metrics['rougeL']['low']:.3f}, {metrics['rougeL']['high']:.3f}], {len(scores):,} rows"
-    )
+    for name, score in scores.items():
+        rouge = score["rougeL"]
+        interval = "" if rouge["low"] is None else f" [{rouge['low']:.3f}, {rouge['high']:.3f}]"
+        console.print(
+            f"{name}: loss {score['eval_loss']:.3f}, ROUGE-L {rouge['mean']:.3f}{interval},"
+            f" {len(after[name].nats):,} rows"
+        )
+    for name, report in changes.items():
+        console.print(show_change(f"{name}, before -> after", report))
     console.print(f"Model and answers (predictions.jsonl): {folder}")
 
 

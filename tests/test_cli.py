@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 import yunque
 from yunque import artifacts
@@ -83,6 +84,48 @@ def test_verify_fails_on_a_changed_file_and_names_it(folder):
 )
 def test_bad_usage_is_one_line_and_exit_2(args, words):
     done = run(*args)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+
+
+@pytest.fixture
+def counted(tmp_path):
+    """A file of four texts and a tokenizer with one token per word."""
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    texts = ["w5 w6", "w5 w6 w7 w8", "W5  w6", "w9"]
+    rows = [{"text": text, "label": f"l{number % 2}"} for number, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_data_stats_counts_tokens(counted):
+    options = ["--label", "label", "--limit", 2, "--template", "Say: {text}", "--plot", counted / "plot.png", "--json"]
+    done = run("data", "stats", counted / "rows.jsonl", "--tokenizer", counted / "tokenizer", *options)
+    assert done.returncode == 0, done.stderr
+    split = json.loads(done.stdout)["splits"][0]
+    assert (split["rows"], split["fields"]["text"]["tokens"]) == (4, 9)
+    assert split["fields"]["text"]["cuts"] == [
+        {"limit_tokens": 2, "rows": 1, "share_rows": 0.25, "tokens_lost": 2, "share_tokens": pytest.approx(2 / 9)}
+    ]
+    assert split["templates"]["Say: {text}"]["tokens"] == 13
+    assert split["classes"].keys() == {"l0", "l1"}
+    assert (counted / "plot.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["rows.jsonl"], "tokenizer"),
+        (["none.jsonl", "--tokenizer", "tokenizer"], "no such file or folder"),
+        (["rows.jsonl", "--tokenizer", "tokenizer", "--limit", "0"], "--limit: 0"),
+        (["rows.jsonl", "--tokenizer", "tokenizer", "--plot", "none/plot.png"], "--plot: no such folder: none"),
+    ],
+)
+def test_data_stats_bad_usage_is_one_line_and_exit_2(counted, monkeypatch, args, words):
+    monkeypatch.chdir(counted)
+    done = run("data", "stats", *args)
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -45,9 +45,10 @@ def test_config_is_accepted_and_every_value_arrives(config, monkeypatch):
     recipe = recipe_of(config)
     monkeypatch.setattr(arguments, "parse", parse)
     monkeypatch.setattr(sys, "argv", [str(recipe), "--config", str(config)])
-    monkeypatch.setitem(sys.modules, "yunque.models.loading", None)  # a recipe imports it once its arguments are checked
+    # a recipe imports it once its arguments are checked
+    monkeypatch.setitem(sys.modules, "yunque.models.loading", None)
     main = runpy.run_path(str(recipe))["main"]
-    with pytest.raises(ImportError, match="yunque.models.loading"):
+    with pytest.raises(ImportError, match=r"yunque\.models\.loading"):
         main()
     wanted = yaml.safe_load(config.read_text(encoding="utf-8"))
     assert {name: parsed[name] for name in wanted} == wanted

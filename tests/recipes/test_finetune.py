@@ -282,9 +282,9 @@ def test_bad_input(changed, words, call_recipe, finetune_options, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_decoder_only_models_are_for_later(call_recipe, finetune_options, assets, tmp_path):
-    process = call_recipe("finetune", finetune_options(output_dir=tmp_path / "out", model_name_or_path=assets.llama))
-    assert refused(process, "model_name_or_path: ", "decoder-only")
+def test_rows_of_an_encoder_decoder_are_not_packed(call_recipe, finetune_options, tmp_path):
+    process = call_recipe("finetune", finetune_options(output_dir=tmp_path / "out", packing=True))
+    assert refused(process, "packing: ", "encoder-decoder")
     assert not (tmp_path / "out").exists()
 
 

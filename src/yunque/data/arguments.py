@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,6 +146,54 @@ class LabelledDataArguments(SourceArguments):
 
 
 @dataclass
+class PreferenceArguments(SourceArguments):
+    """Prompts with a chosen and a rejected answer: as pairs, as hh-rlhf's dialogues, or as rankings.
+
+    A file with the column of completions holds rankings; one without the column of prompts, whole dialogues.
+
+    Raises:
+        InputError: an unknown choice, two sources of margins, and as the base class.
+    """
+
+    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt"})
+    chosen_column: str = field(
+        default="chosen", metadata={"help": "Column with the better answer (or the dialogue that ends with it)"}
+    )
+    rejected_column: str = field(
+        default="rejected", metadata={"help": "Column with the worse answer (or the dialogue that ends with it)"}
+    )
+    completions_column: str = field(
+        default="completions", metadata={"help": "Rankings: column with the list of answers to one prompt"}
+    )
+    ranks_column: str = field(
+        default="ranks", metadata={"help": "Rankings: column with their ranks, 1 the best, null for a rejected answer"}
+    )
+    scores_column: str = field(
+        default="scores", metadata={"help": "Rankings without ranks: column with their scores, more is better"}
+    )
+    unranked: str = field(
+        default="drop",
+        metadata={"help": "Answers whose rank or score is null: `drop` them, or `last` to put them below all others"},
+    )
+    margin_column: str | None = field(
+        default=None, metadata={"help": "Pairs: column with how much better the chosen answer is, 0 or more"}
+    )
+    margin_from_scores: bool = field(
+        default=False, metadata={"help": "Rankings: take the difference of the two scores as the margin"}
+    )
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the data."""
+        super().__post_init__()
+        if self.unranked not in ("drop", "last"):
+            raise InputError(f"unranked: '{self.unranked}' is unknown; give drop or last")
+        if self.margin_column is not None and self.margin_from_scores:
+            raise InputError("margin_from_scores: margin_column gives the margins already; leave one of them out")
+        if self.margin_from_scores and self.unranked == "last":
+            raise InputError("unranked: last gives no score, but margin_from_scores needs one; set unranked: drop")
+
+
+@dataclass
 class GroupArguments:
     """How many groups ``group_column`` makes.
 
@@ -181,6 +230,107 @@ class OpeningArguments(SourceArguments):
         super().__post_init__()
         _check_range(self, "min_text_chars", "max_text_chars")
         _check_range(self, "prompt_tokens_low", "prompt_tokens_high")
+
+
+INSTRUCTION_TEMPLATES = {
+    "instruction_en": "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+    "instruction_es": "### Instrucción:\n{instruction}\n\n### Entrada:\n{input}\n\n### Respuesta:\n",
+}
+"""Prompts for rows of instruction and input; the section of an empty column is left out."""
+
+
+@dataclass
+class TemplateArguments:
+    """Prompts made of several columns, several phrasings of one task, and the tokenizer's chat template.
+
+    Raises:
+        InputError: a template without a placeholder, a system prompt without a chat template.
+    """
+
+    prompt_templates: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Phrasings of the prompt in place of prompt_template, one drawn for each row: texts with {column}"
+            f" placeholders, or {' or '.join(INSTRUCTION_TEMPLATES)}"
+        },
+    )
+    chat_template: bool = field(
+        default=False, metadata={"help": "Put the prompt into the tokenizer's chat template, as the user's turn"}
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "System turn before it, with chat_template"})
+
+    def __post_init__(self) -> None:
+        """Check the templates."""
+        if self.system_prompt is not None and not self.chat_template:
+            raise InputError("system_prompt: is for chat_template only; add it or leave system_prompt out")
+        if self.prompt_templates is not None and not self.prompt_templates:
+            raise InputError("prompt_templates: is empty; give one or more, or leave it out")
+        for template in self.prompt_templates or []:
+            if template not in INSTRUCTION_TEMPLATES and not placeholders(template):
+                raise InputError(
+                    f"prompt_templates: '{template}' has no placeholder for a column, such as {{instruction}}, and is"
+                    f" none of {', '.join(INSTRUCTION_TEMPLATES)}"
+                )
+
+
+def placeholders(template: str) -> list[str]:
+    """Columns that ``template`` names in braces, in order."""
+    return re.findall(r"\{(\w+)\}", template)
+
+
+@dataclass
+class MixtureArguments:
+    """Several tasks trained together, and an old one that should not be forgotten.
+
+    Raises:
+        InputError: an entry that is not a mapping with a name.
+    """
+
+    mixture: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tasks as JSON objects: name, weight (share of train rows; by default the number of its rows) and"
+            " the data options in which a task differs from the run's"
+        },
+    )
+    old_task: str | None = field(
+        default=None,
+        metadata={"help": "One more such object, never trained on: its test rows are answered before and after"},
+    )
+    evaluate_before: bool = field(
+        default=False, metadata={"help": "Answer the test rows before training too, and give the change"}
+    )
+
+    def __post_init__(self) -> None:
+        """Check that every task can be read."""
+        names = [task["name"] for task in self.tasks()]
+        if len(set(names)) < len(names):
+            raise InputError(f"mixture: {', '.join(names)}: give each task a name of its own")
+        if len({"weight" in task for task in self.tasks()}) > 1:
+            raise InputError("mixture: some tasks have a weight, some have none; give one to all of them or to none")
+        if (old := self.old()) is not None and old["name"] in (names or ["test"]):
+            raise InputError(f"old_task: '{old['name']}' is also the name of a trained task; give it another")
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """Entries of ``mixture``."""
+        return [_task(text, "mixture") for text in self.mixture or []]
+
+    def old(self) -> dict[str, Any] | None:
+        """Entry of ``old_task``."""
+        return None if self.old_task is None else _task(self.old_task, "old_task")
+
+
+def _task(text: str, option: str) -> dict[str, Any]:
+    try:
+        task = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{option}: '{text}' is not a JSON object: {error}") from error
+    if not isinstance(task, dict) or not isinstance(task.get("name"), str):
+        raise InputError(f"{option}: '{text}': give an object with a name")
+    weight = task.get("weight", 1)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+        raise InputError(f"{option}: weight {weight} of '{task['name']}' is not positive")
+    return task
 
 
 def _check_limits(arguments: Any, *names: str) -> None:

@@ -68,6 +68,7 @@ class LoadedSplit:
 
 Reader = Callable[[], RawSplit]
 Normalise = Callable[[RawSplit], list[dict[str, Any]]]
+KeyOf = Callable[[Mapping[str, Any]], str]
 
 
 def load_splits(args: DataArguments, seed: int) -> LoadedData:
@@ -79,8 +80,10 @@ def load_splits(args: DataArguments, seed: int) -> LoadedData:
     return load_pair(args, seed, functools.partial(_summary_rows, args))
 
 
-def load_pair(args: SourceArguments, seed: int, normalise: Normalise) -> LoadedData:
+def load_pair(args: SourceArguments, seed: int, normalise: Normalise, *, together: KeyOf | None = None) -> LoadedData:
     """Load the train and the test split, hold one out by ``seed`` where there is none, and draw the samples asked for.
+
+    Rows with the same key by ``together`` are held out together, or not at all.
 
     Raises:
         InputError: as ``load_splits``.
@@ -92,7 +95,7 @@ def load_pair(args: SourceArguments, seed: int, normalise: Normalise) -> LoadedD
     train = _usable_rows(raw, normalise)
     dropped = {train_name: len(raw.rows) - len(train)}
     if test_name is None:
-        train, test = _hold_out(train, args.test_size, seed)
+        train, test = _hold_out(train, args.test_size, seed, together)
         splits = [(raw, f"{train_name} less test", train), (raw, f"{train_name}: test, seed {seed}", test)]
     else:
         raw_test = readers[test_name]()
@@ -281,11 +284,22 @@ def _match_split(wanted: str, names: Sequence[str]) -> str | None:
     return next((alias for alias in aliases if alias in names), None)
 
 
-def _hold_out(rows: list[dict[str, Any]], share: float, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    if len(rows) < 2:
-        raise InputError("dataset_name: one row cannot be split into train and test; add rows or name a test_split")
+def _hold_out(
+    rows: list[dict[str, Any]], share: float, seed: int, together: KeyOf | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    keys = [str(number) if together is None else together(row) for number, row in enumerate(rows)]
+    numbers: dict[str, list[int]] = {}
+    for number, key in enumerate(keys):
+        numbers.setdefault(key, []).append(number)
+    if len(numbers) < 2:
+        what = "one row" if len(rows) < 2 else "rows that all belong together"
+        raise InputError(f"dataset_name: {what} cannot be split into train and test; add rows or name a test_split")
+    groups = list(numbers.values())
     num_test = min(max(1, round(len(rows) * share)), len(rows) - 1)
-    test = set(np.random.default_rng(seed).permutation(len(rows))[:num_test].tolist())
+    test: set[int] = set()
+    for group in np.random.default_rng(seed).permutation(len(groups)).tolist():
+        if not test or len(test) + len(groups[group]) <= num_test:
+            test.update(groups[group])
     train = [row for number, row in enumerate(rows) if number not in test]
     return train, [rows[number] for number in sorted(test)]
 

@@ -63,12 +63,15 @@ def prepare_prompts(
     *,
     append_eos: bool = True,
     model_limit: int | None = None,
+    special_tokens: bool = True,
 ) -> PreparedPrompts:
     """Filter ``dataset`` by "text", put each text into the template and tokenize it.
 
     A prompt of more than ``max_prompt_length`` tokens (default: the tokenizer's limit; never more than
     ``model_limit``) loses the end of its text, never the template around it. ``append_eos`` leaves the tokenizer to
     end a prompt as it does (encoder-decoder models); without it no prompt ends with eos (decoder-only models).
+    Rows with columns "head" and "tail" (``yunque.data.instructions``) have templates of their own, which stand in for
+    that of ``args``; those with a chat template hold the special tokens too (``special_tokens`` off).
 
     Raises:
         InputError: no row is left (the filter is named), the template alone fills the limit.
@@ -77,63 +80,82 @@ def prepare_prompts(
     kept = _filter(
         list(range(len(texts))), [len(text) for text in texts], args, "min_text_chars", "max_text_chars", "characters"
     )
-    prompter = _Prompter(tokenizer, args.prompt_template, append_eos)
-    ids = dict(zip(kept, prompter.encode([texts[row] for row in kept]), strict=True))
+    prompter = _Prompter(tokenizer, append_eos, special_tokens)
+    frames = _frames(dataset, args.prompt_template)
+    ids = dict(zip(kept, prompter.encode([texts[row] for row in kept], [frames[row] for row in kept]), strict=True))
     dropped_chars = len(texts) - len(kept)
     kept = _filter(
         kept, [len(ids[row]) for row in kept], args, "min_prompt_tokens", "max_prompt_tokens", "tokens of the prompt"
     )
     dropped_tokens = len(texts) - dropped_chars - len(kept)
-    queries = {row: prompter.fill(texts[row]) for row in kept}
+    queries = {row: _fill(texts[row], frames[row]) for row in kept}
     limit = _limit(tokenizer, args, model_limit)
     long_rows = [row for row in kept if limit is not None and len(ids[row]) > limit]
     tokens_lost = 0
     if limit is not None and long_rows:
-        cut = prompter.truncate([texts[row] for row in long_rows], [len(ids[row]) for row in long_rows], limit)
+        long_frames = [frames[row] for row in long_rows]
+        num_tokens = [len(ids[row]) for row in long_rows]
+        cut = prompter.truncate([texts[row] for row in long_rows], long_frames, num_tokens, limit)
         for row, (text, text_ids) in zip(long_rows, cut, strict=True):
             tokens_lost += len(ids[row]) - len(text_ids)
-            queries[row], ids[row] = prompter.fill(text), text_ids
+            queries[row], ids[row] = _fill(text, frames[row]), text_ids
     report = TruncationReport(len(texts), dropped_chars, dropped_tokens, len(long_rows), tokens_lost, limit)
     columns = {name: list(dataset.select(kept)[name]) for name in dataset.column_names}
     columns |= {"query": [queries[row] for row in kept], "input_ids": [ids[row] for row in kept]}
     return PreparedPrompts(datasets.Dataset.from_dict(columns), report)
 
 
+Frame = tuple[str, str]
+"""What stands before and behind the text in a prompt."""
+
+
+def _frames(dataset: datasets.Dataset, template: str) -> list[Frame]:
+    if "head" in dataset.column_names:
+        return list(zip(dataset["head"], dataset["tail"], strict=True))
+    head, _, tail = template.partition(TEXT_FIELD)  # not str.format: other braces are plain text
+    return [(head, tail)] * len(dataset)
+
+
+def _fill(text: str, frame: Frame) -> str:
+    return frame[0] + text + frame[1]
+
+
 class _Prompter:
-    """A template and a tokenizer: text in, prompt or its token ids out."""
+    """A tokenizer: texts and their frames in, token ids of the prompts out."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, append_eos: bool) -> None:
-        self.tokenizer = tokenizer
-        self.append_eos = append_eos
-        self.head, _, self.tail = template.partition(TEXT_FIELD)  # not str.format: other braces are plain text
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, append_eos: bool, special_tokens: bool) -> None:
+        self.tokenizer, self.append_eos, self.special_tokens = tokenizer, append_eos, special_tokens
 
-    def fill(self, text: str) -> str:
-        return self.head + text + self.tail
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], frames: Sequence[Frame]) -> list[list[int]]:
+        filled = [_fill(text, frame) for text, frame in zip(texts, frames, strict=True)]
         ids: list[list[int]] = []
-        for start in range(0, len(texts), BATCH_ROWS):
-            prompts = [self.fill(text) for text in texts[start : start + BATCH_ROWS]]
+        for start in range(0, len(filled), BATCH_ROWS):
             # verbose=False: the tokenizer's warning about long inputs, which are cut and reported below.
-            ids += self.tokenizer(prompts, return_attention_mask=False, verbose=False)["input_ids"]
+            ids += self.tokenizer(
+                filled[start : start + BATCH_ROWS],
+                add_special_tokens=self.special_tokens,
+                return_attention_mask=False,
+                verbose=False,
+            )["input_ids"]
         if not self.append_eos:
             ids = [row[:-1] if row and row[-1] == self.tokenizer.eos_token_id else row for row in ids]
         return ids
 
-    def truncate(self, texts: Sequence[str], num_tokens: Sequence[int], limit: int) -> list[tuple[str, list[int]]]:
+    def truncate(
+        self, texts: Sequence[str], frames: Sequence[Frame], num_tokens: Sequence[int], limit: int
+    ) -> list[tuple[str, list[int]]]:
         """Return for each text its longest head whose prompt has at most ``limit`` tokens, with the prompt's ids.
 
         A search over lengths in characters, so the prompt stays text that any tokenizer, fast or slow, encodes to
         exactly these ids. Tokens grow almost evenly with characters: interpolation needs few rounds, and every
         fourth one is a bisection, which bounds them.
         """
-        empty = self.encode([""])[0]
-        if len(empty) >= limit:
+        fits = [(0, empty) for empty in self.encode([""] * len(texts), frames)]  # characters kept, ids of that prompt
+        if (longest := max(len(empty) for _, empty in fits)) >= limit:
             raise InputError(
                 f"max_prompt_length: {limit} tokens leave no room for the text, since the template alone takes"
-                f" {len(empty)}; raise max_prompt_length or shorten prompt_template"
+                f" {longest}; raise max_prompt_length or shorten prompt_template"
             )
-        fits = [(0, empty)] * len(texts)  # characters kept and the ids of that prompt
         too_long = [(len(text), count) for text, count in zip(texts, num_tokens, strict=True)]
         rounds = 0
         while active := [row for row in range(len(texts)) if too_long[row][0] - fits[row][0] > 1]:
@@ -143,7 +165,8 @@ class _Prompter:
                 even = rounds % 4 == 3 or len(ids) == limit
                 share = 0.5 if even else (limit - len(ids)) / (count - len(ids))
                 guesses.append(min(max(low + int((high - low) * share), low + 1), high - 1))
-            encoded = self.encode([texts[row][:guess] for row, guess in zip(active, guesses, strict=True)])
+            heads = [texts[row][:guess] for row, guess in zip(active, guesses, strict=True)]
+            encoded = self.encode(heads, [frames[row] for row in active])
             for row, guess, ids in zip(active, guesses, encoded, strict=True):
                 if len(ids) <= limit:
                     fits[row] = (guess, ids)

@@ -1,13 +1,18 @@
-"""Reference answers as labels, cut to a length and counted."""
+"""Reference answers as labels, cut to a length and counted; packing of sequences."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import datasets
 
+from yunque.errors import InputError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # the label that no loss counts
 
 
 def encode_targets(
@@ -23,3 +28,57 @@ def encode_targets(
     lost = [len(full) - len(cut) for full, cut in zip(whole, labels, strict=True) if len(full) > len(cut)]
     report = f"answers: {len(texts):,}, cut to {max_target_length} tokens: {len(lost):,} ({sum(lost):,} tokens lost)"
     return datasets.Dataset.from_dict({"input_ids": list(dataset["input_ids"]), "labels": labels}), report
+
+
+def encode_continuations(
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_target_length: int,
+    eos_ids: Sequence[int],
+    ending: str = "",
+) -> tuple[datasets.Dataset, str]:
+    """Rows of "input_ids", prompt and first reference as one sequence, and "labels", -100 on the prompt's tokens.
+
+    The answer with its ``ending`` (a chat template's) has at most ``max_target_length`` tokens, and one of ``eos_ids``
+    at or near its end, so that the model learns to stop; a cut answer keeps both. Also returns a line as
+    ``encode_targets``.
+    """
+    texts = [references[0] for references in dataset["references"]]
+    whole = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    end = list(tokenizer(ending, add_special_tokens=False)["input_ids"]) if ending else []
+    if not set(end) & set(eos_ids):
+        end.append(eos_ids[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
+    room = max(1, max_target_length - len(end))
+    input_ids, labels, lost = [], [], []
+    for prompt, answer in zip(dataset["input_ids"], whole, strict=True):
+        target = [*answer[:room], *end]
+        input_ids.append([*prompt, *target])
+        labels.append([IGNORED] * len(prompt) + target)
+        if len(answer) > room:
+            lost.append(len(answer) - room)
+    report = f"answers: {len(texts):,}, cut to {max_target_length} tokens: {len(lost):,} ({sum(lost):,} tokens lost)"
+    return datasets.Dataset.from_dict({"input_ids": input_ids, "labels": labels}), report
+
+
+def pack(rows: datasets.Dataset, max_length: int) -> tuple[datasets.Dataset, str]:
+    """Whole sequences put together to at most ``max_length`` tokens by TRL's best-fit decreasing, and a line about it.
+
+    Adds "seq_lengths", from which the trainer's positions and attention keep the sequences apart.
+
+    Raises:
+        InputError: a sequence is longer than ``max_length``.
+    """
+    from trl import pack_dataset
+
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    if max(lengths) > max_length:
+        raise InputError(f"packing_length: a sequence has {max(lengths)} tokens; give at least so many")
+    shown = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        packed = pack_dataset(rows, max_length)
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    share = sum(lengths) / (len(packed) * max_length)
+    return packed, f"packed {len(rows):,} sequences into {len(packed):,} of up to {max_length} tokens, {share:.0%} full"

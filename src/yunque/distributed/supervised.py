@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -19,7 +19,8 @@ from yunque.errors import InputError, Stopped
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from yunque.distributed.trainers import AnswerTrainer, ClassifierTrainer
+    from yunque.distributed.preferences import PreferenceTrainer
+    from yunque.distributed.trainers import LengthGrouping
 
     AnyTrainingArguments = TypeVar("AnyTrainingArguments", bound=TrainingArguments)
 
@@ -83,8 +84,10 @@ def trainer_arguments(
 
     if args.mixed_precision == "bf16" and not torch.accelerator.is_available():
         extra["use_cpu"] = True  # or transformers takes bf16 for a mistake
-    if args.gradient_checkpointing:  # 5.x is about to rename it and warns of any value
-        extra["gradient_checkpointing"] = True
+    # Always said, since TRL's default is to do it; later 5.x versions warn of the old name.
+    names = {option.name for option in fields(kind)}
+    recompute = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    extra[recompute] = args.gradient_checkpointing
     try:
         return kind(
             output_dir=str(Path(args.output_dir) / CHECKPOINTS),
@@ -142,7 +145,7 @@ def claim_output_dir(args: RunArguments) -> None:
     state.wait_for_everyone()
 
 
-def fit(trainer: ClassifierTrainer | AnswerTrainer, args: SupervisedArguments) -> dict[str, float]:
+def fit(trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments) -> dict[str, float]:
     """Train, from the last checkpoint under ``resume``, and return first and last loss, steps and time.
 
     Raises:

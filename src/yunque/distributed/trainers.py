@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PredictionOutput
 
 from yunque.distributed.checkpoint import StopSignal
 from yunque.errors import CheckFailed
@@ -69,7 +68,9 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = epoch
 
 
-class _LengthGrouping(Trainer):
+class LengthGrouping(Trainer):
+    """Trainer whose batches may be grouped by length."""
+
     group_by_length = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -77,20 +78,19 @@ class _LengthGrouping(Trainer):
         if not self.group_by_length:
             return super()._get_train_sampler(rows)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler([len(ids) for ids in rows["input_ids"]], batch_size, self.args.seed)
+        return LengthGroupedSampler(self.num_tokens(rows), batch_size, self.args.seed)
+
+    def num_tokens(self, rows: Any) -> list[int]:
+        """Length of each row, by which they are grouped."""
+        return [len(ids) for ids in rows["input_ids"]]
 
 
-class ClassifierTrainer(_LengthGrouping):
+class ClassifierTrainer(LengthGrouping):
     """Trainer whose batches may be grouped by length."""
 
 
-class AnswerTrainer(_LengthGrouping, Seq2SeqTrainer):
-    """Seq2SeqTrainer whose batches may be grouped by length, and whose predictions are one a row on any ranks."""
-
-    def answer(self, rows: Any, *, max_new_tokens: int) -> PredictionOutput:
-        """Greedy answers (rows, tokens) and loss; ``predict`` would keep the rows that fill up the last batch."""
-        self._gen_kwargs = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-        return Trainer.predict(self, rows)
+class AnswerTrainer(LengthGrouping, Seq2SeqTrainer):
+    """Seq2SeqTrainer whose batches may be grouped by length."""
 
 
 class LogLines(TrainerCallback):

@@ -29,6 +29,10 @@ class Interval:
             "high": self.high if math.isfinite(self.high) else None,
         }
 
+    def __str__(self) -> str:
+        """As people write it: 0.612 [0.590, 0.634]."""
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
 
 def paired_bootstrap(
     before: ArrayLike, after: ArrayLike, *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0

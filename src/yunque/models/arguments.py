@@ -10,7 +10,7 @@ from yunque.errors import InputError
 
 @dataclass
 class ModelArguments:
-    """Which model to load, in what precision, and whether to train it through a LoRA adapter."""
+    """Which model to load, in what precision, and whether to train it through a LoRA adapter (on nf4: QLoRA)."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Hub id, local folder (model or PEFT adapter), or 'embedded'."}
@@ -26,6 +26,13 @@ class ModelArguments:
         default=None, metadata={"help": "Attention kernel, for example sdpa or flash_attention_2."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes from the hub."})
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Freeze linear layers as nf4, double quantized, all else as bfloat16; an adapter trains."},
+    )
+    quantize_head: bool = field(
+        default=False, metadata={"help": "With load_in_4bit, the output head too, where it is not the embedding."}
+    )
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
     lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA matrices."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA scale: the update is alpha / r * B A x."})
@@ -43,6 +50,31 @@ class ModelArguments:
             raise InputError(f"lora_r: {self.lora_r} is not a rank; give 1 or more")
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"lora_dropout: {self.lora_dropout} is not a probability in [0, 1)")
+        if self.quantize_head and not self.load_in_4bit:
+            raise InputError("quantize_head: is for load_in_4bit only; add it or leave quantize_head out")
+
+
+@dataclass
+class PromptTuningArguments:
+    """Virtual tokens before every prompt, whose embeddings are all that trains.
+
+    Raises:
+        InputError: fewer than 1 virtual token, a text without them.
+    """
+
+    prompt_tuning_tokens: int | None = field(
+        default=None, metadata={"help": "Train so many virtual tokens and nothing else; 20 to 100 are usual."}
+    )
+    prompt_tuning_init_text: str | None = field(
+        default=None, metadata={"help": "Begin from the embeddings of this text, instead of random tokens'."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the number of tokens."""
+        if self.prompt_tuning_tokens is not None and self.prompt_tuning_tokens < 1:
+            raise InputError(f"prompt_tuning_tokens: {self.prompt_tuning_tokens} train nothing; give 20 to 100")
+        if self.prompt_tuning_init_text is not None and self.prompt_tuning_tokens is None:
+            raise InputError("prompt_tuning_init_text: is for prompt tuning; add prompt_tuning_tokens or leave it out")
 
 
 @dataclass

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -26,7 +25,16 @@ from transformers import (
 from transformers.utils import logging
 
 from yunque.errors import InputError
-from yunque.models.arguments import ModelArguments
+from yunque.models.arguments import ModelArguments, PromptTuningArguments
+from yunque.models.quantized import (
+    dtype_of_the_rest,
+    is_quantized,
+    keep_packing,
+    merged,
+    nf4_config,
+    refuse_if_nothing_is_quantized,
+    without_float32_modules,
+)
 
 REFERENCE_ADAPTER = "reference"
 _MODEL_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
@@ -60,44 +68,64 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
+def load_model(
+    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, prompt: PromptTuningArguments | None = None
+) -> PreTrainedModel | PeftModel:
     """Load an encoder-decoder or decoder-only language model to train, adapters included.
 
     A folder that holds a PEFT adapter yields base plus trainable adapter; otherwise ``use_peft`` adds a new LoRA
-    adapter and without it all weights train.
+    adapter, ``prompt`` virtual tokens, and without them all weights train. Callers that cannot put virtual tokens
+    before their prompts give no ``prompt``.
 
     Raises:
-        InputError: no such model, an architecture without language head, or LoRA targets that match no layer.
+        InputError: no such model, an architecture without language head, LoRA targets that match no layer, two methods
+            at once, nf4 weights with no adapter to train, or an adapter of virtual tokens where ``prompt`` is None.
     """
     name = _required(args.model_name_or_path)
     adapter = adapter_config(name)
-    base_name = adapter["base_model_name_or_path"] if adapter else name
-    model = load_base(base_name, args)
+    new_tokens = prompt.prompt_tuning_tokens if prompt else None
+    if new_tokens and (args.use_peft or adapter):
+        other = "use_peft" if args.use_peft else f"{name}, an adapter"
+        raise InputError(f"prompt_tuning_tokens: trains by itself, not beside {other}; leave one of them out")
+    if args.load_in_4bit and not (args.use_peft or adapter or new_tokens):
+        raise InputError("load_in_4bit: nf4 weights do not train; add use_peft, for a LoRA adapter on them")
+    if adapter and adapter["peft_type"] == PeftType.PROMPT_TUNING and prompt is None:
+        raise InputError(f"model_name_or_path: {name} holds virtual tokens (prompt tuning); give a LoRA adapter")
+    model = load_base(adapter["base_model_name_or_path"] if adapter else name, args)
     _check_vocabulary(model, tokenizer, name)
     if adapter:
-        return PeftModel.from_pretrained(model, name, is_trainable=True)
-    return _add_lora(model, args) if args.use_peft else model
+        return _load_adapter(model, name, adapter)
+    if new_tokens:
+        return _add_virtual_tokens(model, tokenizer, name, prompt)
+    return add_lora(model, args) if args.use_peft else model
 
 
 def load_base(name: str, args: ModelArguments) -> PreTrainedModel:
-    """Load plain weights with the language head their configuration calls for.
+    """Load weights with the language head their configuration calls for, as nf4 under ``load_in_4bit``.
 
     Raises:
-        InputError: no such model or an architecture without language head.
+        InputError: no such model, an architecture without language head, or nothing in it to quantize.
     """
     config = load_config(name, args)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    options: dict[str, Any] = {"dtype": args.dtype}
+    if args.load_in_4bit:
+        options = {"dtype": dtype_of_the_rest(), "quantization_config": nf4_config(args.quantize_head)}
     try:
-        model = auto.from_pretrained(
-            name,
-            revision=_revision(args, name),
-            dtype=args.dtype,
-            attn_implementation=args.attn_implementation,
-            trust_remote_code=args.trust_remote_code,
-        )
+        with without_float32_modules(args.load_in_4bit, auto, config):
+            model = auto.from_pretrained(
+                name,
+                revision=_revision(args, name),
+                attn_implementation=args.attn_implementation,
+                trust_remote_code=args.trust_remote_code,
+                **options,
+            )
     except _MODEL_ERRORS as error:
         raise _unloadable("model_name_or_path", name, "language model", error) from error
     keep_head_untied(model)
+    if args.load_in_4bit:
+        keep_packing(model)
+        refuse_if_nothing_is_quantized(model, quantize_head=args.quantize_head)
     return model
 
 
@@ -165,7 +193,7 @@ def save_model(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path,
     """Write weights (an adapter in PEFT's format unless ``merge``), configuration and tokenizer into ``folder``."""
     if isinstance(model, PeftModel):
         if merge:
-            _merged(model).save_pretrained(folder)
+            merged(model).save_pretrained(folder)
         else:
             model.save_pretrained(str(folder), selected_adapters=["default"])
     else:
@@ -174,23 +202,25 @@ def save_model(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path,
 
 
 def trainable_parameters(model: nn.Module) -> str:
-    """Say how many parameters train, as the notebooks print it."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    """Say how many parameters train, as the notebooks print it; an nf4 weight counts all its elements."""
+    trainable = total = 0
+    parameters: Iterator[Any] = model.parameters()
+    for parameter in parameters:
+        count = parameter.quant_state.shape.numel() if is_quantized(parameter) else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
 
 
-def _merged(model: PeftModel) -> PreTrainedModel:
-    """Merge the trained adapter into a copy of the base, so that training could go on with ``model``."""
-    copy = deepcopy(model)
-    copy.set_adapter("default")
-    return copy.merge_and_unload(adapter_names=["default"])
+def add_lora(model: PreTrainedModel, args: ModelArguments, task: TaskType | None = None) -> PeftModel:
+    """Put a new LoRA adapter on ``model``; with ``task`` SEQ_CLS its head trains and is saved whole.
 
-
-def _add_lora(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
-    task = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+    Raises:
+        InputError: targets that match no layer.
+    """
+    language = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
     config = LoraConfig(
-        task_type=task,
+        task_type=task or language,
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
@@ -204,6 +234,29 @@ def _add_lora(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
             f"lora_target_modules: {args.lora_target_modules or 'no default'} matches nothing in "
             f"{model.config.model_type}; it has {', '.join(sorted(names))}"
         ) from error
+
+
+def _load_adapter(model: PreTrainedModel, name: str, adapter: dict[str, Any]) -> PeftModel:
+    if adapter["peft_type"] != PeftType.PROMPT_TUNING:
+        return PeftModel.from_pretrained(model, name, is_trainable=True)
+    loaded = PeftModel.from_pretrained(model, name)  # PEFT loads virtual tokens to be used only
+    loaded.active_peft_config.inference_mode = False
+    loaded.prompt_encoder.requires_grad_(True)
+    return loaded
+
+
+def _add_virtual_tokens(model: PreTrainedModel, tokenizer: Any, name: str, args: Any) -> PeftModel:
+    is_encoder_decoder = model.config.is_encoder_decoder
+    text = args.prompt_tuning_init_text
+    config = PromptTuningConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM if is_encoder_decoder else TaskType.CAUSAL_LM,
+        num_virtual_tokens=args.prompt_tuning_tokens,
+        num_transformer_submodules=1,  # PEFT's default for encoder-decoder models prompts the decoder too
+        prompt_tuning_init=PromptTuningInit.TEXT if text else PromptTuningInit.SAMPLE_VOCAB,
+        prompt_tuning_init_text=text,
+        tokenizer_name_or_path=name if text else None,
+    )
+    return get_peft_model(model, config)
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, name: str) -> None:

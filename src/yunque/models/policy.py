@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from yunque.models.adapter import ModelAdapter, ScoringBatch
 from yunque.models.fusing import fuse_layers
@@ -185,6 +186,7 @@ def _head_replaced(model: Any, forward: Callable[[nn.Linear, Tensor], Tensor]) -
 
 
 def _base(model: Any) -> Any:
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

@@ -1,0 +1,127 @@
+"""Direct preference optimisation of a decoder-only or encoder-decoder model on pairs of a better and a worse answer.
+
+    python recipes/dpo.py --config recipes/configs/dpo_qwen2.5_1.5b_hh.yaml
+    python recipes/dpo.py --config recipes/configs/dpo_hh_stories_local.yaml
+    accelerate launch --config_file launch/ddp.yaml --num_processes 4 recipes/dpo.py --config ...
+
+Ends with margins and accuracies on held-out pairs, before and after. Stop it with Ctrl-C or SIGTERM and go on with
+--resume.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from yunque.arguments import parse
+from yunque.data.arguments import PreferenceArguments
+from yunque.distributed.supervised import SupervisedArguments
+from yunque.errors import run
+from yunque.models.arguments import ModelArguments
+from yunque.models.preference_arguments import DPOArguments
+
+
+def main() -> None:
+    """Load pairs and model, train against the model as it was, compare on held-out pairs, save the model folder."""
+    # ---- arguments ----
+    groups = parse(SupervisedArguments, ModelArguments, PreferenceArguments, DPOArguments, description=__doc__)
+    args, model_args, data_args, dpo_args = groups
+
+    from rich.console import Console
+    from transformers import TrainingArguments
+
+    from yunque.artifacts import CHECKPOINTS, save_model_folder
+    from yunque.data.preferences import load_preferences
+    from yunque.distributed.preferences import PreferenceTrainer
+    from yunque.distributed.supervised import claim_output_dir, fit, remove_checkpoints, start_run, trainer_arguments
+    from yunque.metrics.preferences import change_line, preference_metrics, reward_metrics
+    from yunque.models.adapter import adapter_for
+    from yunque.models.loading import adapter_config, load_model, load_tokenizer, save_model, trainable_parameters
+    from yunque.models.preference_losses import DPO
+    from yunque.models.preference_pairs import encode_pairs
+
+    # ---- seed and logging ----
+    parents = [model_args.model_name_or_path or ""]
+    main_process = start_run(args, inputs=parents)
+    console = Console(quiet=not main_process, soft_wrap=True)
+    config = {name: value for group in groups for name, value in asdict(group).items()}
+
+    # ---- data ----
+    data = load_preferences(data_args, args.seed)
+    console.print(str(data))
+
+    # ---- model ----
+    tokenizer = load_tokenizer(model_args)
+    model = load_model(model_args, tokenizer)
+    console.print(trainable_parameters(model))
+    adapter = adapter_for(model.config, tokenizer)
+    train_rows, train_report = encode_pairs(data.train, tokenizer, adapter, dpo_args)
+    test_rows, test_report = encode_pairs(data.test, tokenizer, adapter, dpo_args)
+    console.print(f"train {train_report}\ntest {test_report}")
+
+    # ---- trainer ----
+    arguments = trainer_arguments(
+        args,
+        TrainingArguments,
+        remove_unused_columns=False,  # they are the pairs
+        ddp_find_unused_parameters=False,  # log-probabilities are taken inside the head, where DDP does not look
+    )
+    claim_output_dir(args)
+    trainer = PreferenceTrainer(
+        model,
+        arguments,
+        adapter=adapter,
+        objective=DPO(dpo_args.beta, dpo_args.loss_type, dpo_args.label_smoothing, dpo_args.sft_weight),
+        train_dataset=train_rows,
+        tokenizer=tokenizer,
+        keep_dropout=not dpo_args.disable_dropout,
+    )
+    before = trainer.log_probabilities(test_rows)
+    if dpo_args.precompute_ref_log_probs:
+        trainer.precompute_reference(Path(args.output_dir) / CHECKPOINTS / "reference_log_probs.npy")
+    else:
+        trainer.keep_reference(adapter_is_trained=adapter_config(parents[0]) is not None)
+
+    # ---- train ----
+    metrics = fit(trainer, args)
+
+    # ---- evaluate ----
+    after = trainer.log_probabilities(test_rows)
+    if not main_process:
+        return
+    metrics |= preference_metrics(before, after, seed=args.seed)
+    metrics |= reward_metrics(before, after, beta=dpo_args.beta, seed=args.seed)
+
+    # ---- save ----
+    folder = Path(args.output_dir)
+
+    def write(staging: Path) -> None:
+        save_model(trainer.model, tokenizer, staging, merge=model_args.merge_adapter)
+        with (staging / "margins.jsonl").open("w", encoding="utf-8") as file:
+            for number, old, new in zip(test_rows["row"], before.tolist(), after.tolist(), strict=True):
+                row = {"margin_before": old[0] - old[1], "margin_after": new[0] - new[1], **data.test[number]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    save_model_folder(
+        folder,
+        write,
+        stage="dpo",
+        parents=parents,
+        data=data.sources,
+        seed=args.seed,
+        config=config,
+        metrics=metrics,
+    )
+    remove_checkpoints(args)
+    console.print(f"{metrics['num_pairs']:,} held-out pairs, log-probability of the chosen less the rejected answer:")
+    console.print(f"  {change_line('margin', metrics)} nats\n  {change_line('accuracy', metrics)}")
+    console.print(
+        f"  reward (beta times the change): margin {metrics['reward_margin']['mean']:+.4f}, "
+        f"accuracy {metrics['reward_accuracy']['mean']:.3f}"
+    )
+    console.print(f"Model and margins (margins.jsonl): {folder}")
+
+
+if __name__ == "__main__":
+    run(main)

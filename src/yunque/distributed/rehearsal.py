@@ -20,11 +20,17 @@ def main() -> None:
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    PartialState(cpu=True)
+    state = PartialState(cpu=True)
     script, *arguments = sys.argv[1:]
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).resolve().parent)  # as `python script` would
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if not end.code:
+            state.destroy_process_group()  # gloo's threads would otherwise now and then abort a rank as it exits
+        raise
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -133,12 +133,12 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def attend(query_BHK: Tensor, keys_BHTK: Tensor, values_BHTK: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Attention of one new position, (B, H * K); fewer key heads than query heads are shared in groups."""
+    query_BH1K = query_BHK.unsqueeze(2).to(keys_BHTK.dtype)
+    grouped = query_BHK.shape[1] != keys_BHTK.shape[1]
+    if query_BHK.device.type == "cpu" and not grouped:  # two small products cost less than the fused kernel's set-up
+        weights_BH1T = torch.matmul(query_BH1K * scale, keys_BHTK.transpose(2, 3)).add_(mask).softmax(dim=-1)
+        return torch.matmul(weights_BH1T, values_BHTK).flatten(1)
     output_BH1K = nn.functional.scaled_dot_product_attention(
-        query_BHK.unsqueeze(2).to(keys_BHTK.dtype),
-        keys_BHTK,
-        values_BHTK,
-        attn_mask=mask,
-        scale=scale,
-        enable_gqa=query_BHK.shape[1] != keys_BHTK.shape[1],
+        query_BH1K, keys_BHTK, values_BHTK, attn_mask=mask, scale=scale, enable_gqa=grouped
     )
     return output_BH1K.flatten(1)

@@ -1,72 +1,19 @@
-"""The ``yunque`` command: parses its arguments and calls the library."""
+"""``yunque data``."""
 
 from __future__ import annotations
 
 import json
-import signal
-import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
-from yunque import __version__, artifacts, errors
+from yunque import errors
 
-# Typer keeps click's exceptions to itself in its newer versions; this is click's UsageError in all of them.
-_UsageError = typer.BadParameter.__mro__[1]
-
-app = typer.Typer(add_completion=False, help="From fine-tuning through alignment to a compressed model in production.")
-data_app = typer.Typer(help="Look at data before training on it.")
-app.add_typer(data_app, name="data")
-
-
-def main() -> NoReturn:
-    """Run the command line and leave with the project's exit codes."""
-    errors.run(_run)
-
-
-def _run() -> None:
-    try:
-        app(standalone_mode=False)
-    except typer.Abort:
-        sys.exit(128 + signal.SIGINT)
-    except Exception as error:
-        if isinstance(error, _UsageError):
-            raise errors.InputError(f"{str(error).rstrip('.')}; see yunque --help") from error
-        raise
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"yunque {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    pass
+app = typer.Typer(help="Look at data before training on it.")
 
 
 @app.command()
-def show(
-    folder: Annotated[Path, typer.Argument(help="A model folder written by yunque.", metavar="FOLDER")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Recheck the hashes of all files.")] = False,
-) -> None:
-    """Print what a model folder is and the chain of its parents."""
-    problems = artifacts.verify(folder) if verify else None
-    print(artifacts.to_json(folder, problems) if as_json else artifacts.describe(folder))
-    if problems:
-        raise errors.CheckFailed(f"{folder}: {'; '.join(problems)}")
-    if verify and not as_json:
-        print("  verified          all files are as they were saved")
-
-
-@data_app.command()
 def stats(
     sources: Annotated[
         list[str], typer.Argument(help="Files (.jsonl, .json, .csv, .gz), folders or hub ids.", metavar="FILE...")
@@ -103,3 +50,8 @@ def stats(
     if plot is not None:
         statistics.plot(counts, options.limits, plot)
     print(json.dumps(statistics.as_json(result), indent=2) if as_json else statistics.describe(result))
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps ``stats`` a command of its own name while it is the only one."""

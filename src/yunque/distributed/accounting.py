@@ -19,11 +19,28 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils import checkpoint
-from torch.utils._python_dispatch import TorchDispatchMode
 
-_NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
-_WITHOUT_PAYLOAD = {"barrier", "monitored_barrier_", "wait_tensor"}
-_OPERATIONS = {"allreduce": "all_reduce", "allgather": "all_gather", "alltoall": "all_to_all"}
+_COLLECTIVES = {
+    "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce",
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather",
+    "allgather_coalesced_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "reduce_scatter_": "reduce_scatter",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "alltoall_": "all_to_all",
+    "alltoall_base_": "all_to_all",
+    "broadcast_": "broadcast",
+    "reduce_": "reduce",
+    "gather_": "gather",
+    "scatter_": "scatter",
+    "send": "send",
+}
+"""torch.distributed's names of the dispatcher's collectives, which functional collectives and DTensor use too."""
+
+_BELOW = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 
 
 class Meter:
@@ -133,7 +150,7 @@ class SavedActivations:
                 hooks.pack_hook = partial(self._recomputed, hooks.pack_hook)
             enter(hooks)
 
-        saved_tensors_hooks.__enter__ = counted
+        saved_tensors_hooks.__enter__ = counted  # type: ignore[method-assign]
         self._stack.callback(setattr, saved_tensors_hooks, "__enter__", enter)
         self._stack.enter_context(saved_tensors_hooks(self._pack, _unpack))
         return self
@@ -191,35 +208,28 @@ def _unpack(saved: Any) -> Tensor:
     return saved.tensor if isinstance(saved, _Saved) else saved
 
 
-class _Traffic(TorchDispatchMode):
-    """Sees every collective as the dispatcher does, whoever calls it, DDP's C++ reducer included."""
+class _Traffic:
+    """Sees every collective in torch's dispatcher, whoever calls it, DDP's C++ reducer included; no other operation."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.bytes: Counter[str] = Counter()
-        self._names: dict[Any, str | None] = {}
+        self._library: torch.library.Library | None = None
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # DTensor first: its collectives then come by on plain tensors
-        result = function(*args, **(kwargs or {}))
-        if function not in self._names:
-            self._names[function] = _operation(function)
-        name = self._names[function]
-        if name is not None:
-            self.bytes[name] += max(_payload(value) for value in (*args, result))
-        return result
+    def __enter__(self) -> _Traffic:
+        self._library = torch.library.Library("c10d", "IMPL")
+        for name, operation in _COLLECTIVES.items():
+            watched = partial(self._count, operation, getattr(torch.ops.c10d, name).default)
+            # A key that all devices pass, below autograd and below DTensor.
+            self._library.impl(name, watched, "BackendSelect", with_keyset=True)
+        return self
 
+    def __exit__(self, *error: Any) -> None:
+        if self._library is not None:
+            self._library._destroy()
 
-def _operation(function: Any) -> str | None:
-    """Name in torch.distributed's words of a collective, None of anything else."""
-    namespace, _, name = function._schema.name.partition("::")
-    if namespace not in _NAMESPACES or name in _WITHOUT_PAYLOAD:
-        return None
-    plain = name.strip("_")
-    for suffix in ("_coalesced", "_into_tensor", "_tensor", "_base", "_single"):
-        plain = plain.replace(suffix, "")
-    return _OPERATIONS.get(plain, plain)
+    def _count(self, operation: str, collective: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+        self.bytes[operation] += max(_payload(value) for value in args)
+        return collective.redispatch(keys & _BELOW, *args, **kwargs)
 
 
 def _payload(value: Any) -> int:

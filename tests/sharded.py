@@ -14,6 +14,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, set_seed
 
 from yunque.distributed.accounting import Meter
+from yunque.distributed.rehearsal import leave_fused_losses_alone
 from yunque.distributed.saving import gathered_weights
 from yunque.distributed.start import split_while_loading, start_run
 from yunque.distributed.supervised import SupervisedArguments, fit, trainer_arguments
@@ -89,6 +90,8 @@ def main():
     found = {}
     for cell in cells:
         with Meter() as meter:
+            if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+                leave_fused_losses_alone()
             try:
                 losses = train(*cell.split("-"), Path(folder), ranks)
             except Exception as error:  # noqa: BLE001

@@ -219,10 +219,25 @@ def save_model(
         if not isinstance(model, PeftModel):
             model.save_pretrained(folder, state_dict=weights)
         elif not merge:
-            model.save_pretrained(str(folder), selected_adapters=["default"], state_dict=weights)
+            with _holding(model, weights or {}):  # PEFT asks virtual tokens' own module for them
+                model.save_pretrained(str(folder), selected_adapters=["default"], state_dict=weights)
         else:
             merged(model if weights is None else _with_weights(model, weights)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _holding(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """While entered, parameters of ``model`` are the whole ``weights`` of these names."""
+    parts = {name: parameter for name, parameter in model.named_parameters() if name in weights}
+    owners = {name: model.get_submodule(name.rpartition(".")[0])._parameters for name in parts}
+    try:
+        for name, owner in owners.items():
+            owner[name.rpartition(".")[2]] = nn.Parameter(weights[name], requires_grad=False)
+        yield
+    finally:
+        for name, owner in owners.items():
+            owner[name.rpartition(".")[2]] = parts[name]
 
 
 def _with_weights(model: PeftModel, weights: dict[str, Tensor]) -> PeftModel:

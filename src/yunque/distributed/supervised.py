@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from yunque.artifacts import CHECKPOINTS, LOG, check_output_dir, prepare_output_dir
 from yunque.distributed.arguments import RunArguments
-from yunque.errors import InputError, Stopped
+from yunque.errors import InputError, Stopped, disk_full, is_disk_full
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -24,7 +23,11 @@ if TYPE_CHECKING:
 
     AnyTrainingArguments = TypeVar("AnyTrainingArguments", bound=TrainingArguments)
 
-_TRAINER_STATE = "trainer_state.json"
+_SAME = (
+    *("seed", "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
+    *("max_grad_norm", "label_smoothing_factor", "train_sampling_strategy"),
+)
+"""Options that a resumed run must share with its checkpoint."""
 
 
 @dataclass
@@ -151,19 +154,33 @@ def fit(trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments) 
     Raises:
         CheckFailed: the loss is not a number.
         Stopped: a signal came; a checkpoint is saved.
+        InputError: ``resume`` finds a checkpoint of another run, or damaged ones only; the disk is full.
     """
-    from yunque.distributed.checkpoint import StopSignal
+    from yunque.distributed.checkpoint import Checkpoints, StopSignal
     from yunque.distributed.trainers import LogLines, StopOnSignal
 
     folder = Path(args.output_dir)
     trainer.group_by_length = args.train_sampling_strategy == "group_by_length"
+    trainer.identity = _identity(trainer, args)
+    trainer.checkpoints = Checkpoints(
+        folder / CHECKPOINTS, trainer.accelerator, keep=args.save_total_limit, asynchronous=args.async_save
+    )
+    found = trainer.checkpoints.newest() if args.resume else None
     wall_s, cpu_s = time.perf_counter(), time.process_time()
-    with StopSignal() as signal:
-        trainer.add_callback(LogLines(folder / LOG))
-        trainer.add_callback(StopOnSignal(signal, trainer.accelerator))
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder) if args.resume else None)
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise Stopped(f"at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with --resume")
+    try:
+        with StopSignal() as signal, trainer.checkpoints:
+            stop = StopOnSignal(signal, trainer.accelerator)
+            trainer.add_callback(LogLines(folder / LOG))
+            trainer.add_callback(stop)
+            trainer.train(resume_from_checkpoint=trainer.go_on_from(found) if found else None)
+    except Exception as error:
+        if is_disk_full(error):
+            raise disk_full(folder, error) from error
+        raise
+    if stop.stopped:
+        step, steps = trainer.state.global_step, trainer.state.max_steps
+        trainer.checkpoints.mark_stopped(step, steps)
+        raise Stopped(f"at step {step} of {steps}; go on with --resume")
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return {
         "train_loss_first": losses[0],
@@ -175,15 +192,19 @@ def fit(trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments) 
     }
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """Newest checkpoint of the run in ``folder`` that is complete: the Trainer writes its state file last."""
-    complete = []
-    for state in (folder / CHECKPOINTS).glob(f"checkpoint-*/{_TRAINER_STATE}"):
-        try:
-            complete.append((json.loads(state.read_text())["global_step"], str(state.parent)))
-        except (ValueError, KeyError):
-            continue  # killed while writing it
-    return max(complete)[1] if complete else None
+def _identity(trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments) -> dict[str, Any]:
+    """What decides the curve of a run: none of it may change when the run is resumed."""
+    same = {name: getattr(args, name) for name in _SAME}
+    model: Any = trainer.model
+    rows: Any = trainer.train_dataset
+    ranks = trainer.accelerator.num_processes
+    return same | {
+        "model_name_or_path": model.config._name_or_path,
+        "train rows": len(rows),
+        "per_device_train_batch_size x gradient_accumulation_steps x ranks": (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
+        ),
+    }
 
 
 def remove_checkpoints(args: RunArguments) -> None:

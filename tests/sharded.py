@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 from torch.distributed.tensor.debug import CommDebugMode
 
 from yunque.models.adapter import adapter_for
@@ -45,7 +46,8 @@ def trainer_of(models, family, method, precision, **options):
     AcceleratorState._reset_state(reset_partial_state=not launched)
     if launched:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # the former engine's else
-    accelerator = Accelerator(cpu=not launched, mixed_precision=precision)
+    once = GradientAccumulationPlugin(num_steps=1)  # the profiles say "auto", which only a Trainer reads
+    accelerator = Accelerator(cpu=not launched, mixed_precision=precision, gradient_accumulation_plugin=once)
     torch.manual_seed(0)
     arguments = ModelArguments(model_name_or_path=f"{models}/{family}", lora_r=4, use_peft=method != "full")
     tokenizer = load_tokenizer(arguments)

@@ -35,7 +35,7 @@ def whole_partitions(module: nn.Module) -> Iterator[None]:
     """While entered, weights that DeepSpeed ZeRO-3 has partitioned are whole on this rank; every rank must enter."""
     partitioned = [weight for weight in module.parameters() if hasattr(weight, "ds_id")]
     if partitioned:
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         gather = GatheredParameters(partitioned)
     with gather if partitioned else nullcontext():

@@ -7,14 +7,16 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from yunque.artifacts import CHECKPOINTS, LOG, check_output_dir, prepare_output_dir
+from yunque.artifacts import CHECKPOINTS, LOG, prepare_output_dir
 from yunque.distributed.arguments import RunArguments
+from yunque.distributed.start import precision
 from yunque.errors import InputError, Stopped
+from yunque.models.placement import tensor_parallel
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -82,8 +84,11 @@ def trainer_arguments(
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     import torch
 
-    if args.mixed_precision == "bf16" and not torch.accelerator.is_available():
+    bf16 = precision(args) == "bf16"
+    if bf16 and not torch.accelerator.is_available():
         extra["use_cpu"] = True  # or transformers takes bf16 for a mistake
+    if tensor_parallel():
+        extra["save_strategy"] = "no"  # the Trainer has no checkpoints of weights that are split as they are read
     # Always said, since TRL's default is to do it; later 5.x versions warn of the old name.
     names = {option.name for option in fields(kind)}
     recompute = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
@@ -107,27 +112,13 @@ def trainer_arguments(
             save_steps=args.save_steps,
             save_total_limit=args.save_total_limit,
             seed=args.seed,
-            bf16=args.mixed_precision == "bf16",
+            bf16=bf16,
             report_to=args.report_to or ["none"],
             dataloader_pin_memory=False,
             **extra,
         )
     except ValueError as error:
         raise InputError(f"training arguments: {error}") from error
-
-
-def start_run(args: RunArguments, inputs: Sequence[str]) -> bool:
-    """Check ``output_dir`` on every rank, seed all generators; True on the main process.
-
-    Raises:
-        InputError: as ``check_output_dir``.
-    """
-    from accelerate import PartialState
-    from transformers import set_seed
-
-    check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=args.resume, inputs=inputs)
-    set_seed(args.seed)
-    return PartialState().is_main_process
 
 
 def claim_output_dir(args: RunArguments) -> None:
@@ -145,27 +136,33 @@ def claim_output_dir(args: RunArguments) -> None:
     state.wait_for_everyone()
 
 
-def fit(trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments) -> dict[str, float]:
-    """Train, from the last checkpoint under ``resume``, and return first and last loss, steps and time.
+def fit(
+    trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments, before: Callable[[], Any] | None = None
+) -> tuple[dict[str, float], Any]:
+    """Train, from the last checkpoint under ``resume``; return first and last loss, steps and time.
+
+    ``before`` measures the start model, when the engine has it; what it returned, as JSON keeps it, comes second.
 
     Raises:
         CheckFailed: the loss is not a number.
         Stopped: a signal came; a checkpoint is saved.
     """
     from yunque.distributed.checkpoint import StopSignal
-    from yunque.distributed.trainers import LogLines, StopOnSignal
+    from yunque.distributed.trainers import BeforeTraining, LogLines, StopOnSignal
 
     folder = Path(args.output_dir)
     trainer.group_by_length = args.train_sampling_strategy == "group_by_length"
+    start = BeforeTraining(before or (lambda: None), folder / CHECKPOINTS / "before.json")
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     with StopSignal() as signal:
+        trainer.add_callback(start)
         trainer.add_callback(LogLines(folder / LOG))
         trainer.add_callback(StopOnSignal(signal, trainer.accelerator))
         trainer.train(resume_from_checkpoint=last_checkpoint(folder) if args.resume else None)
     if trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(f"at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with --resume")
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return {
+    metrics = {
         "train_loss_first": losses[0],
         "train_loss": losses[-1],
         "train_steps": trainer.state.global_step,
@@ -173,6 +170,7 @@ def fit(trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments) 
         "train_wall_s": time.perf_counter() - wall_s,
         "train_cpu_s": time.process_time() - cpu_s,
     }
+    return metrics, start.result
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -141,6 +141,7 @@ def main() -> None:
         trainer, held_out_prompts, reward, decode, generation, batch_size=run_args.per_device_eval_batch_size
     )
     before, after, kl = held_out.before_and_after()
+    model = trainer.model_to_save()
     accelerator.end_training()
     if not accelerator.is_main_process:
         return

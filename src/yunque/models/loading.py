@@ -36,6 +36,7 @@ from transformers.utils import logging
 
 from yunque.errors import InputError
 from yunque.models.arguments import ModelArguments, PromptTuningArguments
+from yunque.models.copying import read_whole
 from yunque.models.placement import loading_options, share_embedding, weights_left_whole
 from yunque.models.quantized import (
     dtype_of_the_rest,
@@ -166,7 +167,7 @@ def load_classifier(name: str, option: str = "reward_model_name_or_path") -> tup
     _check_path(name, option)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        with _without_load_report():
+        with _without_load_report(), read_whole():
             model, report = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
     except _MODEL_ERRORS as error:
         raise _unloadable(option, name, "classifier", error) from error
@@ -257,7 +258,8 @@ def trainable_parameters(model: nn.Module) -> str:
     trainable = total = 0
     parameters: Iterator[Any] = model.parameters()
     for parameter in parameters:
-        count = parameter.quant_state.shape.numel() if is_quantized(parameter) else parameter.numel()
+        whole = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty one
+        count = parameter.quant_state.shape.numel() if is_quantized(parameter) else whole
         total += count
         trainable += count if parameter.requires_grad else 0
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"

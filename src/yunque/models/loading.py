@@ -220,7 +220,7 @@ def save_model(
         if not isinstance(model, PeftModel):
             model.save_pretrained(folder, state_dict=weights)
         elif not merge:
-            with _holding(model, weights or {}):  # PEFT asks virtual tokens' own module for them
+            with _answering_for_virtual_tokens(model, weights):
                 model.save_pretrained(str(folder), selected_adapters=["default"], state_dict=weights)
         else:
             merged(model if weights is None else _with_weights(model, weights)).save_pretrained(folder)
@@ -228,17 +228,17 @@ def save_model(
 
 
 @contextmanager
-def _holding(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """While entered, parameters of ``model`` are the whole ``weights`` of these names."""
-    parts = {name: parameter for name, parameter in model.named_parameters() if name in weights}
-    owners = {name: model.get_submodule(name.rpartition(".")[0])._parameters for name in parts}
+def _answering_for_virtual_tokens(model: PeftModel, weights: dict[str, Tensor] | None) -> Iterator[None]:
+    """While entered, virtual tokens are the gathered ones: PEFT would ask their module, which is in pieces."""
+    if weights is None or not model.active_peft_config.is_prompt_learning:
+        yield
+        return
+    (tokens,) = weights.values()
+    model.get_prompt_embedding_to_save = lambda adapter_name: tokens
     try:
-        for name, owner in owners.items():
-            owner[name.rpartition(".")[2]] = nn.Parameter(weights[name], requires_grad=False)
         yield
     finally:
-        for name, owner in owners.items():
-            owner[name.rpartition(".")[2]] = parts[name]
+        del model.get_prompt_embedding_to_save
 
 
 def _with_weights(model: PeftModel, weights: dict[str, Tensor]) -> PeftModel:

@@ -159,7 +159,6 @@ def main() -> None:
     )
     watched = [*(prepared if mixture_args.evaluate_before else []), *([old] if old else [])]
 
-
     # ---- train ----
     metrics, start = fit(
         trainer, args, lambda: {task.name: held_out.scores(trainer.model, task.test).to_json() for task in watched}

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.functional import cross_entropy
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from yunque.data.targets import IGNORED

@@ -23,7 +23,7 @@ RECORDS = "YUNQUE_REHEARSAL"
 """Variable with the folder for the ranks' records; nothing is counted without it."""
 
 FOLD = "YUNQUE_REHEARSAL_FOLD"
-"""Variable with the number of ranks whose batches a rank is to take on, itself included; 0 where nothing is compared."""
+"""Variable with the number of ranks whose batches a rank takes on, itself included; 0 where nothing is compared."""
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -163,6 +163,7 @@ def fit(
     trainer.checkpoints = Checkpoints(
         folder / CHECKPOINTS, trainer.accelerator, keep=args.save_total_limit, asynchronous=args.async_save
     )
+    _keep_outputs_exact(trainer)
     if tensor_parallel():
         trainer.args.save_strategy = SaveStrategy.STEPS  # with checkpoints of ours, which the Trainer did not know of
     found = trainer.checkpoints.newest() if args.resume else None
@@ -192,6 +193,13 @@ def fit(
         "train_cpu_s": time.process_time() - cpu_s,
     }
     return metrics, start.result
+
+
+def _keep_outputs_exact(trainer: LengthGrouping | PreferenceTrainer) -> None:
+    """Let losses leave the model as they are: FSDP2 would round all outputs to the type it computes in."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def _identity(trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments) -> dict[str, Any]:

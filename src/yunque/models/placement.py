@@ -1,4 +1,4 @@
-"""Where the launch profile wants weights to be when they are loaded: tensor parallelism splits them as they are read."""
+"""Where the launch profile wants weights when they are loaded: tensor parallelism splits them as they are read."""
 
 from __future__ import annotations
 

@@ -6,12 +6,12 @@ pass, and the backward pass under checkpointing, on tensors that have a shape an
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
-from collections.abc import Iterator
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -87,7 +87,7 @@ def build(config: PretrainedConfig, args: ModelArguments) -> Any:
 
 def weights_of(model: Any, args: ModelArguments, *, value_head: bool) -> list[Weight]:
     """Every parameter once; under ``load_in_4bit`` the linear layers' are packed, the head's only if asked for."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _base(model)
     head = base.get_output_embeddings()
     packed = set()
     for layer in model.modules() if args.load_in_4bit else ():
@@ -107,12 +107,23 @@ def weights_of(model: Any, args: ModelArguments, *, value_head: bool) -> list[We
     return weights
 
 
-def saved_bytes(model: Any, task: str, batch: Batch, *, autocast: bool, checkpointing: bool) -> int:
-    """Most bytes a training step of ``task`` keeps for its backward pass, float32 weights under bf16 autocast or bf16.
+@dataclass(frozen=True)
+class Engine:
+    """How a profile computes: in float32, on bf16 copies of float32 weights (autocast), or on bf16 weights.
+
+    ZeRO-3 has linear layers of its own, which keep their input whether or not their weight trains.
+    """
+
+    precision: Literal["float32", "autocast", "bfloat16"]
+    zero3: bool = False
+
+
+def saved_bytes(original: Any, task: str, batch: Batch, engine: Engine, *, checkpointing: bool) -> int:
+    """Most bytes a training step of ``task`` keeps for its backward pass.
 
     ``task`` is finetune, preferences (each row a pair) or rl, with our trainers' loss.
     """
-    model = deepcopy(model)
+    model: Any = deepcopy(original)
     if task != "finetune":
         fuse_layers(model)
         disable_dropout(model)
@@ -120,7 +131,9 @@ def saved_bytes(model: Any, task: str, batch: Batch, *, autocast: bool, checkpoi
     head = ValueHead(model.config.get_text_config(decoder=True).hidden_size).to("meta") if task == "rl" else None
     for part in (model, head):
         if part is not None:
-            _make_fake(part if autocast else part.to(torch.bfloat16), mode)
+            _make_fake(part.to(torch.bfloat16) if engine.precision == "bfloat16" else part, mode)
+    if engine.zero3:
+        _save_every_input(model)
     model.train()
     if checkpointing:
         options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no generator to preserve
@@ -129,11 +142,34 @@ def saved_bytes(model: Any, task: str, batch: Batch, *, autocast: bool, checkpoi
     with ExitStack() as stack:
         stack.enter_context(mode)
         saved = stack.enter_context(SavedActivations())
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "autocast"):
             loss = _supervised(model, batch) if task == "finetune" else _scored(model, head, task, batch)
         if checkpointing:
             loss.backward()
         return saved.peak_bytes
+
+
+def _save_every_input(model: nn.Module) -> None:
+    """Let linear layers keep their input although their weight is frozen, as DeepSpeed's do."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
+            layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
+
+
+def _linear(layer: nn.Linear, states: Tensor) -> Tensor:
+    return _InputSaved.apply(states, layer.weight, layer.bias)
+
+
+class _InputSaved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(states, weight)
+        return nn.functional.linear(states, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        _, weight = ctx.saved_tensors
+        return gradients[0] @ weight, None, None
 
 
 def _supervised(model: Any, batch: Batch) -> Tensor:
@@ -142,7 +178,7 @@ def _supervised(model: Any, batch: Batch) -> Tensor:
     if model.config.is_encoder_decoder:
         logits = model(**inputs).logits.flatten(0, -2).float()
         return cross_entropy(logits, labels_BR.flatten(), reduction="sum")
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _base(model)
     hidden_BTD = base.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     return _FusedHead.apply(hidden_ND, base.get_output_embeddings().weight, inputs["input_ids"][:, 1:].flatten())
@@ -168,7 +204,7 @@ def _scored(model: Any, value_head: Any, task: str, batch: Batch) -> Tensor:
     rows = 2 * batch.rows if task == "preferences" else batch.rows
     batch = Batch(rows, batch.prompt_tokens, batch.answer_tokens, batch.padded)
     inputs, response_BR = _inputs(model, batch)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _base(model)
     head = base.get_output_embeddings()
     found: list[Tensor] = []
 
@@ -183,6 +219,10 @@ def _scored(model: Any, value_head: Any, task: str, batch: Batch) -> Tensor:
     _, hidden_BRD = adapter_for(model.config, names).score(model, ScoringBatch(inputs, response_BR, response_BR))
     loss = (found[0].exp() * found[0]).sum()
     return loss if value_head is None else loss + value_head(hidden_BRD).square().sum()
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _inputs(model: Any, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:

@@ -69,21 +69,8 @@ class Meter:
 
     def __enter__(self) -> Meter:
         """Start to count."""
-        from accelerate import Accelerator
-
-        prepare = Accelerator.prepare
-
-        @wraps(prepare)
-        def watched(accelerator: Any, *objects: Any, **options: Any) -> Any:
-            prepared = prepare(accelerator, *objects, **options)
-            several = prepared if isinstance(prepared, tuple | list) else (prepared,)
-            for model in (item for item in several if isinstance(item, nn.Module)):
-                self._models.append(model)
-                self._watch_step(_zero(model))
-            return prepared
-
-        Accelerator.prepare = watched
-        self._stack.callback(setattr, Accelerator, "prepare", prepare)
+        for name in ("prepare", "prepare_model"):  # the second where a model was split as it was read
+            self._watch(name)
         for handle in (
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
@@ -96,6 +83,25 @@ class Meter:
     def __exit__(self, *error: Any) -> None:
         """Stop counting; the figures stay."""
         self._stack.close()
+
+    def _watch(self, name: str) -> None:
+        """Note the models that a method of Accelerator returns."""
+        from accelerate import Accelerator
+
+        prepare = getattr(Accelerator, name)
+
+        @wraps(prepare)
+        def watched(accelerator: Any, *objects: Any, **options: Any) -> Any:
+            prepared = prepare(accelerator, *objects, **options)
+            several = prepared if isinstance(prepared, tuple | list) else (prepared,)
+            for model in (item for item in several if isinstance(item, nn.Module)):
+                if not any(model is known for known in self._models):
+                    self._models.append(model)
+                    self._watch_step(_zero(model))
+            return prepared
+
+        setattr(Accelerator, name, watched)
+        self._stack.callback(setattr, Accelerator, name, prepare)
 
     def report(self) -> dict[str, Any]:
         """Peaks in bytes since the start, communication in bytes by operation, and optimizer steps seen."""

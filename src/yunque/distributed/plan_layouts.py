@@ -63,6 +63,8 @@ class Held:
 def held(weights: Iterable[Weight], layout: Layout, tensor_plan: dict[str, str] | None = None) -> Held:
     """Bytes of ``weights``, their gradients and AdamW's state on one device under ``layout``."""
     local = [_tensor_parallel(weight, layout, tensor_plan or {}) for weight in weights]
+    if not local:
+        return Held(0, 0, 0, 0)
     if layout.profile in ZERO:
         return _zero(local, layout)
     rank = layout.data_ranks if layout.profile in SHARDED else 1

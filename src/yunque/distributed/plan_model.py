@@ -6,6 +6,7 @@ pass, and the backward pass under checkpointing, on tensors that have a shape an
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
@@ -85,6 +86,22 @@ def build(config: PretrainedConfig, args: ModelArguments) -> Any:
     return add_lora(model, args) if args.use_peft else model
 
 
+def part_of(config: PretrainedConfig, layers: int, ranks: int) -> PretrainedConfig:
+    """``config`` with so many layers, of which it holds what one of ``ranks`` tensor-parallel devices computes."""
+    part = deepcopy(config)
+    for name in ("num_hidden_layers", "num_decoder_layers"):
+        if getattr(part, name, None):
+            setattr(part, name, layers)
+    if getattr(part, "layer_types", None):
+        part.layer_types = part.layer_types[:layers]
+    if ranks > 1:
+        part.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            if getattr(config, name, None):
+                setattr(part, name, max(1, getattr(config, name) // ranks))
+    return part
+
+
 def weights_of(model: Any, args: ModelArguments, *, value_head: bool) -> list[Weight]:
     """Every parameter once; under ``load_in_4bit`` the linear layers' are packed, the head's only if asked for."""
     base = _base(model)
@@ -137,7 +154,9 @@ def saved_bytes(original: Any, task: str, batch: Batch, engine: Engine, *, check
     model.train()
     if checkpointing:
         options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no generator to preserve
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the method's name, which changes in transformers 6
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         model.enable_input_require_grads()
     with ExitStack() as stack:
         stack.enter_context(mode)

@@ -59,11 +59,12 @@ class PreferenceTrainer(ResumableTrainer):
     ) -> None:
         if not keep_dropout:
             disable_dropout(model)
+        self.collator = PairCollator(adapter)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
-            data_collator=PairCollator(adapter),
+            data_collator=self.collator,
             processing_class=tokenizer,
         )
         self.adapter, self.objective = adapter, objective
@@ -72,7 +73,10 @@ class PreferenceTrainer(ResumableTrainer):
         self._sums: Tensor | None = None
 
     def keep_reference(self, *, adapter_is_trained: bool) -> None:
-        """Keep the model as it is now to compare with: by its adapters where it has them, else as a frozen copy."""
+        """Keep the model as it is now to compare with: by its adapters where it has them, else as a frozen copy.
+
+        A copy is whole on every rank: of a model that does not fit so, take precompute_reference.
+        """
         copy = None if isinstance(self.model, PeftModel) else deepcopy(self.model).to(self.args.device)
         self.reference = Reference(self.policy, adapter_is_trained=adapter_is_trained, model=copy)
 
@@ -88,9 +92,13 @@ class PreferenceTrainer(ResumableTrainer):
                 with partial.open("wb") as file:
                     np.save(file, scores_N2)
                 partial.rename(cache)
-        for column, name in enumerate(("reference_chosen", "reference_rejected")):
-            rows = rows.add_column(name, scores_N2[:, column].tolist())
-        self.train_dataset = rows
+        self.collator.reference = dict(zip(rows["row"], scores_N2.tolist(), strict=True))
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether the engine leaves each rank a part of the weights only."""
+        deepspeed = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return deepspeed or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
 
     @torch.no_grad()
     def log_probabilities(self, rows: datasets.Dataset, *, per_token: bool = False) -> np.ndarray:
@@ -108,8 +116,9 @@ class PreferenceTrainer(ResumableTrainer):
                 scores_B2 = torch.stack([scores.chosen_B, scores.rejected_B], dim=1)
                 if per_token:
                     scores_B2 /= torch.stack([scores.chosen_tokens_B, scores.rejected_tokens_B], dim=1)
-                parts.append(self.accelerator.gather_for_metrics(scores_B2))
-        return torch.cat(parts).cpu().numpy()
+                ranks = self.accelerator.gather(scores_B2).chunk(self.accelerator.num_processes)
+                parts += ranks[:: self.get_tp_size()]  # tensor-parallel ranks have scored the same rows
+        return torch.cat(parts)[: len(rows)].cpu().numpy()  # without those that fill up the last batch
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
         """Batches of one optimizer step, with their pairs and chosen tokens counted over all ranks."""

@@ -129,6 +129,29 @@ class LogLines(TrainerCallback):
                 file.write(json.dumps(line) + "\n")
 
 
+class BeforeTraining(TrainerCallback):
+    """Measures the model as it starts, once the engine holds it: before, a sharded model is on no rank.
+
+    ``measure`` runs on every rank and returns what JSON can hold; a resumed run reads it from ``path``.
+    """
+
+    def __init__(self, measure: Callable[[], Any], path: Path) -> None:
+        self.measure, self.path = measure, path
+        self.result: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure, unless a checkpoint has been loaded."""
+        if state.global_step:
+            self.result = json.loads(self.path.read_text(encoding="utf-8"))
+            return
+        self.result = self.measure()
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.result), encoding="utf-8")
+
+
 class StopOnSignal(TrainerCallback):
     """Saves a checkpoint and stops after the step in which any rank was signalled."""
 

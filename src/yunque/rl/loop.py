@@ -165,9 +165,9 @@ class TrainingLoop:
         return [row for row in rows for _ in range(config.num_generations)]
 
     def _sample(self, queries: Sequence[Sequence[int]], samples: Sequence[int]) -> list[Response]:
-        with self.accelerator.autocast():
+        with self.trainer.whole(reference=False) as (policy, _), self.accelerator.autocast():
             return generate(
-                self.trainer.unwrapped.model,
+                policy.model,
                 self.trainer.adapter,
                 queries,
                 self.generation,
@@ -175,7 +175,7 @@ class TrainingLoop:
                 samples=samples,
                 shortest_limit=self.trainer.config.max_new_tokens_low,
                 device=self.accelerator.device,
-                value_head=self.trainer.unwrapped.v_head,
+                value_head=policy.v_head,
             )
 
     def _score(self, queries: Sequence[str], responses: Sequence[Response]) -> list[Scored]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from transformers import BartConfig
-
 from yunque.export.decoder import Decoder, Heads, cross_keys_and_values, encoder_attention
-from yunque.export.graph import Graph, State, fused, fused_bias, transposed
+from yunque.export.graph import Config, Graph, State, fused, fused_bias, transposed
 from yunque.export.weights import WeightFile
 
 EMBEDDING = "model.shared.weight"
@@ -14,12 +12,12 @@ _OFFSET = 2  # of BART's table of positions
 _EPSILON = 1e-5  # of its norms, torch's default
 
 
-def graphs(config: BartConfig, state: State, weights: WeightFile, tied: bool) -> dict[str, Graph]:
+def graphs(config: Config, state: State, weights: WeightFile, tied: bool) -> dict[str, Graph]:
     """The encoder and decoder graphs; ``tied`` says that the head is the embedding."""
     return {"encoder": _encoder(config, state, weights), "decoder": _decoder(config, state, weights, tied)}
 
 
-def _encoder(config: BartConfig, state: State, weights: WeightFile) -> Graph:
+def _encoder(config: Config, state: State, weights: WeightFile) -> Graph:
     graph = Graph("encoder", weights)
     ids = graph.input("input_ids", "int64", ("rows", "source"))
     mask = graph.op("Cast", graph.input("attention_mask", "int64", ("rows", "source")), to=6)  # int32
@@ -41,7 +39,7 @@ def _encoder(config: BartConfig, state: State, weights: WeightFile) -> Graph:
     return graph
 
 
-def _decoder(config: BartConfig, state: State, weights: WeightFile, tied: bool) -> Graph:
+def _decoder(config: Config, state: State, weights: WeightFile, tied: bool) -> Graph:
     graph = Graph("decoder", weights)
     decoder = Decoder(graph)
     cross_bias = graph.input("cross_bias", "float32", ("rows", 1, 1, "source"))
@@ -63,7 +61,7 @@ def _decoder(config: BartConfig, state: State, weights: WeightFile, tied: bool) 
     return graph
 
 
-def _embed(graph: Graph, config: BartConfig, state: State, prefix: str, ids: str, positions: str) -> str:
+def _embed(graph: Graph, config: Config, state: State, prefix: str, ids: str, positions: str) -> str:
     found = graph.op("Gather", graph.weight(EMBEDDING, state[EMBEDDING]), ids, axis=0)
     if config.scale_embedding:
         found = graph.op("Mul", found, graph.constant(config.d_model**0.5, "float32"))
@@ -80,7 +78,7 @@ def _projection(graph: Graph, state: State, value: str, name: str, parts: str) -
     return graph.linear(value, f"{name}.{parts}", fused(state, *weights), fused_bias(state, *biases))
 
 
-def _feed_forward(graph: Graph, config: BartConfig, state: State, name: str, hidden: str) -> str:
+def _feed_forward(graph: Graph, config: Config, state: State, name: str, hidden: str) -> str:
     up = f"{name}.fc1"
     inner = graph.linear(hidden, up, transposed(state[f"{up}.weight"]), state[f"{up}.bias"])
     inner = graph.activation(inner, config.activation_function)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
-
 from yunque.export.decoder import Heads, encoder_attention
-from yunque.export.graph import Array, Graph, State, fused, fused_bias, transposed
+from yunque.export.graph import Array, Config, Graph, State, fused, fused_bias, transposed
 from yunque.export.weights import WeightFile
 
 
@@ -40,7 +38,7 @@ _DISTILBERT = _Names(
 _LAYER_NORM_EPSILON = 1e-12  # of DistilBERT, which fixes it in its code
 
 
-def graphs(config: PretrainedConfig, state: State, weights: WeightFile) -> dict[str, Graph]:
+def graphs(config: Config, state: State, weights: WeightFile) -> dict[str, Graph]:
     """One graph: ``input_ids`` and ``attention_mask`` (padding on the right) to ``logits`` [rows, labels]."""
     graph = Graph("classifier", weights)
     ids = graph.input("input_ids", "int64", ("rows", "length"))
@@ -55,7 +53,7 @@ def graphs(config: PretrainedConfig, state: State, weights: WeightFile) -> dict[
     return {"classifier": graph}
 
 
-def _embed(graph: Graph, config: PretrainedConfig, state: State, ids: str, names: _Names) -> str:
+def _embed(graph: Graph, config: Config, state: State, ids: str, names: _Names) -> str:
     prefix = f"{config.model_type}.{names.embeddings}"
     words, places = f"{prefix}.word_embeddings.weight", f"{prefix}.position_embeddings.weight"
     table = state[places]
@@ -72,9 +70,7 @@ def _embed(graph: Graph, config: PretrainedConfig, state: State, ids: str, names
     return graph.layer_norm(total, norm, state[f"{norm}.weight"], state[f"{norm}.bias"], _epsilon(config))
 
 
-def _block(
-    graph: Graph, config: PretrainedConfig, state: State, name: str, names: _Names, hidden: str, mask: str
-) -> str:
+def _block(graph: Graph, config: Config, state: State, name: str, names: _Names, hidden: str, mask: str) -> str:
     epsilon = _epsilon(config)
     size = config.hidden_size // config.num_attention_heads
     parts = [f"{name}.{part}" for part in (names.query, names.key, names.value)]
@@ -101,7 +97,7 @@ def _add_norm(
     return graph.add_layer_norm(branch, skip, f"{name}.{norm}", gain, shift, epsilon, bias_name)[0]
 
 
-def _epsilon(config: PretrainedConfig) -> float:
+def _epsilon(config: Config) -> float:
     return _LAYER_NORM_EPSILON if config.model_type == "distilbert" else config.layer_norm_eps
 
 
@@ -109,7 +105,7 @@ def _parameters(state: State, name: str) -> tuple[Array, Array]:
     return state[f"{name}.weight"], state[f"{name}.bias"]
 
 
-def _head(graph: Graph, config: PretrainedConfig, state: State, first: str) -> str:
+def _head(graph: Graph, config: Config, state: State, first: str) -> str:
     """From the first token's hidden state [rows, features] to the logits."""
     dense, activation, out = {
         "roberta": ("classifier.dense", "tanh", "classifier.out_proj"),

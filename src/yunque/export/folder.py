@@ -75,7 +75,7 @@ def write_folder(source: Source, folder: Path) -> None:
 
 def specification(source: Source, files: dict[str, str]) -> ModelSpec:
     """What the runtime has to know about ``source`` beside its graphs."""
-    config, generation = source.config, getattr(source.model, "generation_config", None)
+    config: Any = source.config
     pad = config.pad_token_id if config.pad_token_id is not None else source.tokenizer.pad_token_id
     common: dict[str, Any] = {
         "kind": source.kind,
@@ -88,12 +88,12 @@ def specification(source: Source, files: dict[str, str]) -> ModelSpec:
         labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
         independent = config.problem_type == "multi_label_classification" or len(labels) == 1
         return ModelSpec(vocab_size=config.vocab_size, labels=labels, independent_labels=independent, **common)
+    generation = source.model.generation_config
     rows = source.model.get_output_embeddings().weight.shape[0]
-    eos = generation.eos_token_id if generation else config.eos_token_id
-    start = generation.decoder_start_token_id if generation.decoder_start_token_id is not None else None
+    start = generation.decoder_start_token_id
     return ModelSpec(
         vocab_size=rows,
-        eos_token_ids=_as_tuple(eos),
+        eos_token_ids=_as_tuple(generation.eos_token_id),
         decoder_start_token_id=start if start is not None else getattr(config, "decoder_start_token_id", None),
         forced_bos_token_id=generation.forced_bos_token_id,
         forced_eos_token_id=generation.forced_eos_token_id,

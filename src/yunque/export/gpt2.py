@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from transformers import GPT2Config
-
 from yunque.export.decoder import Decoder, Heads
-from yunque.export.graph import Graph, State
+from yunque.export.graph import Config, Graph, State
 from yunque.export.weights import WeightFile
 
 EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"
 
 
-def graphs(config: GPT2Config, state: State, weights: WeightFile, tied: bool) -> dict[str, Graph]:
+def graphs(config: Config, state: State, weights: WeightFile, tied: bool) -> dict[str, Graph]:
     """The decoder graph; ``tied`` says that the head is the embedding."""
     graph = Graph("decoder", weights)
     decoder = Decoder(graph)
@@ -44,7 +42,7 @@ def graphs(config: GPT2Config, state: State, weights: WeightFile, tied: bool) ->
 class _Norms:
     """The norm before each sublayer, with the former sublayer's bias and addition in the same node."""
 
-    def __init__(self, graph: Graph, config: GPT2Config, state: State) -> None:
+    def __init__(self, graph: Graph, config: Config, state: State) -> None:
         self.graph = graph
         self.epsilon = config.layer_norm_epsilon
         self.state = state
@@ -63,12 +61,12 @@ def _product(graph: Graph, state: State, value: str, name: str) -> tuple[str, st
     return product, graph.weight(f"{name}.bias", state[f"{name}.bias"])
 
 
-def _heads(config: GPT2Config, state: State, name: str) -> Heads:
+def _heads(config: Config, state: State, name: str) -> Heads:
     size = config.n_embd // config.n_head
     number = state[f"{name}.attn.c_proj.weight"].shape[0] // size  # from the weights, since pruned layers may differ
     return Heads(number, number, size)
 
 
-def _scale(config: GPT2Config, layer: int) -> float:
+def _scale(config: Config, layer: int) -> float:
     scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
     return scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale

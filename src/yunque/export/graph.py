@@ -18,6 +18,8 @@ _CONTRIB = "com.microsoft"
 _INLINE_BYTES = 1024
 
 Array = NDArray[Any]
+Config = Any
+"""A model's configuration in transformers, which types as optional what every model of a family has."""
 State = Mapping[str, Array]
 """A model's weights by their names in its state dict."""
 
@@ -116,7 +118,7 @@ class Graph:
         return self.op(operator, value, domain=domain, **attributes)
 
     def rms_norm(self, value: str, name: str, weight: Array, epsilon: float) -> str:
-        """x / rms(x) * weight over the last axis."""
+        """RMS normalization over the last axis: x / rms(x) * weight."""
         return self.op(
             "SimplifiedLayerNormalization",
             value, self.weight(name, weight), axis=-1, epsilon=epsilon, stash_type=1,

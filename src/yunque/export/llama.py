@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from yunque.errors import InputError
 from yunque.export.decoder import Decoder, Heads, Rotary
-from yunque.export.graph import Graph, State, fused, fused_bias, transposed
+from yunque.export.graph import Config, Graph, State, fused, fused_bias, transposed
 from yunque.export.weights import WeightFile
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -16,9 +16,7 @@ _FUSED_ROTARY_MULTIPLE = 16
 """Head sizes the rotary part of the attention kernel takes."""
 
 
-def graphs(
-    config: PretrainedConfig, state: State, weights: WeightFile, tied: bool, model: PreTrainedModel
-) -> dict[str, Graph]:
+def graphs(config: Config, state: State, weights: WeightFile, tied: bool, model: PreTrainedModel) -> dict[str, Graph]:
     """The decoder graph; ``tied`` says that the head is the embedding.
 
     Raises:
@@ -41,16 +39,14 @@ def graphs(
     return {"decoder": graph}
 
 
-def _norm(
-    graph: Graph, config: PretrainedConfig, state: State, residual: str, branch: str, name: str
-) -> tuple[str, str]:
+def _norm(graph: Graph, config: Config, state: State, residual: str, branch: str, name: str) -> tuple[str, str]:
     if not branch:
         return graph.rms_norm(residual, name, state[name], config.rms_norm_eps), residual
     return graph.add_rms_norm(branch, residual, name, state[name], config.rms_norm_eps)
 
 
 def _attention(
-    decoder: Decoder, config: PretrainedConfig, state: State, name: str, layer: int, value: str, rotary: Rotary
+    decoder: Decoder, config: Config, state: State, name: str, layer: int, value: str, rotary: Rotary
 ) -> str:
     graph = decoder.graph
     size = rotary.cos.shape[1] * 2
@@ -75,7 +71,7 @@ def _attention(
     return graph.linear(mixed, f"{name}.o_proj", transposed(state[f"{name}.o_proj.weight"]), bias)
 
 
-def _norm_heads(graph: Graph, config: PretrainedConfig, state: State, name: str, value: str, size: int) -> str:
+def _norm_heads(graph: Graph, config: Config, state: State, name: str, value: str, size: int) -> str:
     """RMS norm of every head of ``value`` [rows, length, heads * size] by itself."""
     by_head = graph.op("Reshape", value, graph.constant([0, 0, -1, size], "int64"))
     normed = graph.rms_norm(by_head, name, state[name], config.rms_norm_eps)
@@ -99,7 +95,7 @@ def _rotate(decoder: Decoder, rotary: Rotary, value: str, size: int) -> str:
     return graph.op("Reshape", graph.op("Concat", *turned, axis=-1), graph.constant([0, 0, -1], "int64"))
 
 
-def _feed_forward(graph: Graph, config: PretrainedConfig, state: State, name: str, value: str) -> str:
+def _feed_forward(graph: Graph, config: Config, state: State, name: str, value: str) -> str:
     weights, biases = ([f"{name}.{part}_proj.{kind}" for part in ("gate", "up")] for kind in ("weight", "bias"))
     both = graph.linear(value, f"{name}.gate_up", fused(state, *weights), fused_bias(state, *biases))
     opened, lifted = graph.split(both, [state[weight].shape[0] for weight in weights], axis=-1)
@@ -108,16 +104,15 @@ def _feed_forward(graph: Graph, config: PretrainedConfig, state: State, name: st
     return graph.linear(inner, f"{name}.down_proj", transposed(state[f"{name}.down_proj.weight"]), bias)
 
 
-def _window(config: PretrainedConfig, layer: int) -> int:
+def _window(config: Config, layer: int) -> int:
     """How many tokens the layer looks back; -1 is all of them."""
-    kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
-    if kinds is not None:
-        return window if kinds[layer] == "sliding_attention" else -1
-    return window if config.model_type == "mistral" and window else -1
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds[layer] == "sliding_attention" if kinds is not None else config.model_type == "mistral"
+    return int(window) if window and slides else -1
 
 
-def _rotary(config: PretrainedConfig, model: PreTrainedModel) -> Rotary:
+def _rotary(config: Config, model: PreTrainedModel) -> Rotary:
     """Tables of the model's own rotary module, for every position it was made for."""
     module = model.model.rotary_emb
     kind = module.rope_type

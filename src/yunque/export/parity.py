@@ -66,7 +66,7 @@ def find_prompts(
     manifest = _manifest(source.name)
     template = (manifest.prompt_template if manifest else None) or "{text}"
     known = manifest.config.get("text_column") if manifest else None
-    column = column or known or (DataArguments.text_column if "{text}" != template else "text")
+    column = column or known or (DataArguments.text_column if template != "{text}" else "text")
     if dataset is not None:
         return [template.replace("{text}", text) for text in _texts(dataset, split, column, most)], dataset
     for data in manifest.data if manifest else ():

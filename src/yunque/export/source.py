@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from yunque.errors import InputError
-from yunque.export.graph import ACTIVATIONS, Graph
+from yunque.export.graph import ACTIVATIONS, Config, Graph
 from yunque.export.weights import WeightFile
 from yunque.models.arguments import ModelArguments
 from yunque.models.loading import adapter_config, load_base, load_classifier, load_config, load_tokenizer
@@ -40,12 +40,12 @@ class Source:
 
     name: str
     kind: Kind
-    model: PreTrainedModel
+    model: Any
     tokenizer: Any
     base_name: str | None  # of an adapter that was merged
 
     @property
-    def config(self) -> PretrainedConfig:
+    def config(self) -> Config:
         """The model's configuration."""
         return self.model.config
 
@@ -103,7 +103,7 @@ def load_source(name: str, revision: str, trust_remote_code: bool) -> Source:
     return Source(name, kind, model.float().eval(), tokenizer, base if adapter else None)
 
 
-def _kind(config: PretrainedConfig, is_classifier: bool) -> Kind:
+def _kind(config: Config, is_classifier: bool) -> Kind:
     if is_classifier and config.model_type in _CLASSIFIERS:
         return "classifier"
     if not is_classifier and config.model_type in _LANGUAGE_FAMILIES:
@@ -115,7 +115,7 @@ def _kind(config: PretrainedConfig, is_classifier: bool) -> Kind:
     )
 
 
-def _is_classifier(config: PretrainedConfig) -> bool:
+def _is_classifier(config: Config) -> bool:
     names = config.architectures or []
     return any(name.endswith("ForSequenceClassification") for name in names) or (
         not names and config.model_type in _CLASSIFIERS

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from yunque.export.decoder import Decoder, Heads, cross_keys_and_values, encoder_attention
-from yunque.export.graph import Array, Graph, State, fused, transposed
+from yunque.export.graph import Array, Config, Graph, State, fused, transposed
 from yunque.export.weights import WeightFile
 
 EMBEDDING = "shared.weight"
 HEAD = "lm_head.weight"
 
 
-def graphs(config: T5Config, state: State, weights: WeightFile, tied: bool) -> dict[str, Graph]:
+def graphs(config: Config, state: State, weights: WeightFile, tied: bool) -> dict[str, Graph]:
     """The encoder and decoder graphs; ``tied`` says that the head is the embedding."""
     return {"encoder": _encoder(config, state, weights), "decoder": _decoder(config, state, weights, tied)}
 
 
-def _encoder(config: T5Config, state: State, weights: WeightFile) -> Graph:
+def _encoder(config: Config, state: State, weights: WeightFile) -> Graph:
     graph = Graph("encoder", weights)
     ids = graph.input("input_ids", "int64", ("rows", "source"))
     mask = graph.op("Cast", graph.input("attention_mask", "int64", ("rows", "source")), to=6)  # int32
@@ -46,7 +45,7 @@ def _encoder(config: T5Config, state: State, weights: WeightFile) -> Graph:
     return graph
 
 
-def _decoder(config: T5Config, state: State, weights: WeightFile, tied: bool) -> Graph:
+def _decoder(config: Config, state: State, weights: WeightFile, tied: bool) -> Graph:
     graph = Graph("decoder", weights)
     decoder = Decoder(graph)
     cross_bias = graph.input("cross_bias", "float32", ("rows", 1, 1, "source"))
@@ -86,13 +85,13 @@ class _Norms:
         return self.graph.add_rms_norm(branch, hidden, name, state[name], self.epsilon)
 
 
-def _heads(config: T5Config, state: State, attention: str) -> Heads:
+def _heads(config: Config, state: State, attention: str) -> Heads:
     """From the weights, since pruned layers may differ."""
     number = state[f"{attention}.q.weight"].shape[0] // config.d_kv
     return Heads(number, number, config.d_kv)
 
 
-def _feed_forward(graph: Graph, config: T5Config, state: State, name: str, value: str) -> str:
+def _feed_forward(graph: Graph, config: Config, state: State, name: str, value: str) -> str:
     if config.is_gated_act:
         gate, up = f"{name}.wi_0.weight", f"{name}.wi_1.weight"
         both = graph.linear(value, f"{name}.wi", fused(state, gate, up))
@@ -107,7 +106,7 @@ def _feed_forward(graph: Graph, config: T5Config, state: State, name: str, value
 # --- relative positions -----------------------------------------------------------------------------------------------
 
 
-def _bias_table(config: T5Config, table: Array, *, bidirectional: bool) -> Array:
+def _bias_table(config: Config, table: Array, *, bidirectional: bool) -> Array:
     """The bias [heads, distances] by clipped distance key - query: beyond the largest distance nothing changes."""
     largest = config.relative_attention_max_distance
     distances = torch.arange(-largest, (largest if bidirectional else 0) + 1)
@@ -117,7 +116,7 @@ def _bias_table(config: T5Config, table: Array, *, bidirectional: bool) -> Array
     return np.ascontiguousarray(table[buckets.numpy()].T)
 
 
-def _encoder_bias(graph: Graph, config: T5Config, state: State, ids: str) -> str:
+def _encoder_bias(graph: Graph, config: Config, state: State, ids: str) -> str:
     """[1, heads, length, length]."""
     name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     length = graph.op("Gather", graph.op("Shape", ids), graph.constant(1, "int64"), axis=0)
@@ -129,7 +128,7 @@ def _encoder_bias(graph: Graph, config: T5Config, state: State, ids: str) -> str
     return graph.op("Unsqueeze", graph.op("Gather", table, index, axis=1), graph.constant([0], "int64"))
 
 
-def _decoder_bias(decoder: Decoder, config: T5Config, state: State) -> str:
+def _decoder_bias(decoder: Decoder, config: Config, state: State) -> str:
     """[rows, heads, length, total length], since every row is at its own position."""
     graph = decoder.graph
     name = "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -141,7 +140,7 @@ def _decoder_bias(decoder: Decoder, config: T5Config, state: State) -> str:
     return graph.op("Transpose", graph.op("Gather", table, index, axis=1), perm=[1, 0, 2, 3])
 
 
-def _distance_index(graph: Graph, config: T5Config, keys: str, queries: str) -> str:
+def _distance_index(graph: Graph, config: Config, keys: str, queries: str) -> str:
     """Column of the bias table for every query and key; later keys, which causality hides, get some column."""
     largest = config.relative_attention_max_distance
     distance = graph.op("Sub", keys, queries)

@@ -254,10 +254,9 @@ class Classifier(_Model):
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # little padding
         for begin in range(0, len(order), batch_size):
             numbers = order[begin : begin + batch_size]
-            tokens, lengths = _padded([[int(token) for token in ids[number]] for number in numbers])
-            tokens[np.arange(tokens.shape[1]) >= lengths[:, None]] = self.spec.pad_token_id
-            mask = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int64)
-            logits[numbers] = session.run(["logits"], {"input_ids": tokens, "attention_mask": mask})[0]
+            padded, lengths = _padded([[int(token) for token in ids[number]] for number in numbers])
+            mask = (np.arange(padded.shape[1]) < lengths[:, None]).astype(np.int64)
+            logits[numbers] = session.run(["logits"], {"input_ids": padded, "attention_mask": mask})[0]
         return logits
 
     def classify(

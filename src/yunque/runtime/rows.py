@@ -104,8 +104,9 @@ class Rows:
             used = int(self.lengths[source].max(initial=0))
             for array in self._past.values():
                 array[target, :, :used] = array[source, :, :used]
-            for array in (*self._cross.values(), self.lengths, self.logits):
+            for array in (*self._cross.values(), self.logits):
                 array[target] = array[source]
+            self.lengths[target] = self.lengths[source]
         self.count, self._step = left, None
         return moves
 

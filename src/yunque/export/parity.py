@@ -143,7 +143,9 @@ def _compare_tokens(
     """Torch reads the answers that the runtime wrote greedily: where every choice is its own too, so is the answer."""
     most = exported.spec.max_positions
     tokens = min(tokens, most // 2) if most else tokens
-    ids = [row[: most - tokens] if most else row for row in exported.encode(prompts)]
+    ids = [row[: most - tokens] if most else row for row in exported.encode(prompts) if row]
+    if not ids:
+        raise InputError("parity_dataset: no prompt has a token; give other texts")
     answers = exported.generate(ids, max_new_tokens=tokens, eos_token_ids=(), logprobs=True)
     differences, steps, equal, ties, compared = [0.0], [0.0], 0, 0, 0
     for prompt, answer in zip(ids, answers, strict=True):

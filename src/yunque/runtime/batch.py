@@ -84,6 +84,26 @@ class _Plan:
         )
 
 
+def new_tokens(spec: ModelSpec, prompt: Sequence[int], options: GenerationOptions) -> int:
+    """How many new tokens a request may get.
+
+    Raises:
+        InputError: an empty prompt, or one that leaves no room for a new token.
+    """
+    if not len(prompt):
+        raise InputError("prompt: is empty; give at least one token")
+    most = spec.max_positions
+    if most is None:
+        return options.max_new_tokens
+    if spec.kind == "seq2seq":
+        if len(prompt) > most:
+            raise InputError(f"prompt: has {len(prompt)} tokens, the model reads {most} at most; shorten it")
+        return min(options.max_new_tokens, most - 1)
+    if len(prompt) >= most:
+        raise InputError(f"prompt: has {len(prompt)} tokens of the model's {most} positions; shorten it")
+    return min(options.max_new_tokens, most - len(prompt))
+
+
 class Batch:
     """Texts in the making, whatever their lengths and options.
 
@@ -118,7 +138,7 @@ class Batch:
         Raises:
             InputError: an empty prompt, or one that leaves no room for a new token.
         """
-        room = [self._limit(prompt, option) for prompt, option in zip(prompts, options, strict=True)]
+        room = [new_tokens(self._spec, prompt, option) for prompt, option in zip(prompts, options, strict=True)]
         if not requests:
             return
         contexts = self._begin(self._decoder, prompts, room)
@@ -133,21 +153,6 @@ class Batch:
         ]
         self._fresh += len(requests)
         self._plan = None
-
-    def _limit(self, prompt: Sequence[int], options: GenerationOptions) -> int:
-        """How many new tokens a request may get."""
-        if not len(prompt):
-            raise InputError("prompt: is empty; give at least one token")
-        most = self._spec.max_positions
-        if most is None:
-            return options.max_new_tokens
-        if self._spec.kind == "seq2seq":
-            if len(prompt) > most:
-                raise InputError(f"prompt: has {len(prompt)} tokens, the model reads {most} at most; shorten it")
-            return min(options.max_new_tokens, most - 1)
-        if len(prompt) >= most:
-            raise InputError(f"prompt: has {len(prompt)} tokens of the model's {most} positions; shorten it")
-        return min(options.max_new_tokens, most - len(prompt))
 
     def _widen(self, rows: int, width: int) -> None:
         former = self._context

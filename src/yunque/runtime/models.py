@@ -12,7 +12,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from yunque.errors import InputError
-from yunque.runtime.batch import REASONS, Batch, Step
+from yunque.runtime.batch import REASONS, Batch, Step, new_tokens
+from yunque.runtime.beams import beam_search
 from yunque.runtime.options import GenerationOptions
 from yunque.runtime.rows import Rows
 from yunque.runtime.session import Bound, Verify, check_files, open_sessions
@@ -94,10 +95,39 @@ class _Generator(_Model):
         """
         wanted = self._options(options, values, len(prompts))
         ids = self.encode(prompts)
-        if any(option.num_beams > 1 for option in wanted):
-            from yunque.runtime.beams import beam_search
+        beams = [number for number, option in enumerate(wanted) if option.num_beams > 1]
+        if beams:
+            answers = dict(zip(beams, self._search(beams, ids, wanted, batch_size), strict=True))
+            rest = [number for number in range(len(ids)) if number not in answers]
+            written = self._write([ids[number] for number in rest], [wanted[number] for number in rest], batch_size)
+            answers |= dict(zip(rest, written, strict=True))
+            return [answers[number] for number in range(len(ids))]
+        return self._write(ids, wanted, batch_size)
 
-            return beam_search(self, ids, wanted, batch_size)
+    def _search(
+        self, numbers: Sequence[int], ids: Sequence[Sequence[int]], options: Sequence[GenerationOptions], size: int
+    ) -> list[Answer]:
+        """Beam search for some of the prompts."""
+
+        def begin(prompts: Sequence[Sequence[int]], room: Sequence[int]) -> tuple[Rows, list[list[int]]]:
+            rows = self.new_rows()
+            return rows, self.begin(rows, prompts, room)
+
+        chosen = [options[number] for number in numbers]
+        prompts = [ids[number] for number in numbers]
+        limits = [new_tokens(self.spec, prompt, option) for prompt, option in zip(prompts, chosen, strict=True)]
+        answers = []
+        for found, option in zip(beam_search(self.spec, begin, prompts, chosen, limits, size), chosen, strict=True):
+            eos = self.spec.eos_token_ids if option.eos_token_ids is None else option.eos_token_ids
+            reason: Literal["eos", "length"] = "eos" if found.tokens[-1] in eos else "length"
+            text = self.tokenizer.decode(found.tokens)
+            answers.append(Answer(text, found.tokens, reason, score=found.score))
+        return answers
+
+    def _write(
+        self, ids: Sequence[Sequence[int]], wanted: Sequence[GenerationOptions], batch_size: int
+    ) -> list[Answer]:
+        """Greedy search or sampling for all prompts."""
         tokens: list[list[int]] = [[] for _ in ids]
         logprobs: list[list[float]] = [[] for _ in ids]
         reasons: list[int] = [0] * len(ids)

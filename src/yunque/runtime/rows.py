@@ -110,6 +110,15 @@ class Rows:
         self.count, self._step = left, None
         return moves
 
+    def repeat(self, times: int) -> None:
+        """Put ``times`` copies of every row in its place."""
+        for arrays in (self._past, self._cross):
+            for name, array in arrays.items():
+                arrays[name] = np.repeat(array[: self.count], times, axis=0)
+        self.lengths = np.repeat(self.lengths[: self.count], times)
+        self.logits = np.repeat(self.logits[: self.count], times, axis=0)
+        self.count, self._step = self.count * times, None
+
     def reorder(self, index: NDArray[np.int64]) -> None:
         """Let row r continue the text of row ``index[r]``, which has the same source."""
         moved = np.flatnonzero(index != np.arange(len(index)))

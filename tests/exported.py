@@ -48,12 +48,16 @@ def llama_scaled():
 
 
 def qwen2():
-    config = Qwen2Config(vocab_size=64, max_position_embeddings=128, num_key_value_heads=1, **tiny.SMALL, **tiny.SPECIAL)
+    config = Qwen2Config(
+        vocab_size=64, max_position_embeddings=128, num_key_value_heads=1, **tiny.SMALL, **tiny.SPECIAL
+    )
     return _with_biases(tiny._build(AutoModelForCausalLM, config, {}))
 
 
 def qwen3():
-    config = Qwen3Config(vocab_size=64, max_position_embeddings=128, num_key_value_heads=1, head_dim=16, **tiny.SMALL, **tiny.SPECIAL)
+    config = Qwen3Config(
+        vocab_size=64, max_position_embeddings=128, num_key_value_heads=1, head_dim=16, **tiny.SMALL, **tiny.SPECIAL
+    )
     return _with_biases(tiny._build(AutoModelForCausalLM, config, {}))
 
 

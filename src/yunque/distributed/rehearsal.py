@@ -147,8 +147,8 @@ def _drop_dropout() -> None:
     def without(*args: Any, **options: Any) -> Any:
         return attention(*args, **options | {"dropout_p": 0.0})
 
-    functional.dropout = lambda input, *args, **options: input
-    functional.scaled_dot_product_attention = without
+    functional.dropout = lambda input, *args, **options: input  # type: ignore[assignment]
+    functional.scaled_dot_product_attention = without  # type: ignore[method-assign]
 
 
 def _fold_batches(ranks: int) -> None:

@@ -27,7 +27,7 @@ CELLS = {
     "zero2": MATRIX,
     "zero3": (*MATRIX, "llama-prompt"),
     "tp": ("llama-full", "trained-adapter"),
-    "zero1": ("t5-full", "llama-lora"),
+    "zero1": ("t5-full", "llama-lora", "llama-qlora"),
     "zero3_offload": ("t5-full",),
     "fsdp2_tp": ("llama-full",),
 }

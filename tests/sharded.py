@@ -96,6 +96,7 @@ def main():
                 losses = train(*cell.split("-"), Path(folder), ranks)
             except Exception as error:  # noqa: BLE001
                 import traceback
+
                 traceback.print_exc()
                 found[cell] = {"error": f"{type(error).__name__}: {error}"[:300]}
                 print("FAILED", cell, flush=True)

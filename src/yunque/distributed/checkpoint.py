@@ -1,8 +1,8 @@
 """Checkpoints of every engine in one format: complete or absent, checked when read, written while training goes on.
 
-A checkpoint is a folder of safetensors shards, one per rank, and JSON; nothing in it is unpickled. Weights and optimizer
-state lie there under the names of the bare model's parameters, with the place of each shard in its whole tensor, so that
-any engine on any number of ranks reads what any other wrote.
+A checkpoint is a folder of JSON and of safetensors shards, one per rank; nothing in it is unpickled. Weights and
+optimizer state lie there under the names of the bare model's parameters, with the place of each shard in its whole
+tensor, so that any engine on any number of ranks reads what any other wrote.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -87,14 +88,14 @@ class Checkpoints:
             InputError: the ranks do not share the folder's file system.
         """
         self.wait()
-        partial = self.folder / files.PARTIAL
-        self._everywhere(lambda: self._start(partial))
-        self._everywhere(lambda: self._check_shared(partial))
+        staging = self.folder / files.PARTIAL
+        self._everywhere(lambda: self._start(staging))
+        self._everywhere(lambda: self._check_shared(staging))
         captured = capture(training, rank=self.rank, ranks=self.ranks)
         own = {f"rng-{self.rank:05}.json": json.dumps(random_state())}
         if self.accelerator.is_main_process:
             own |= {files.STATE: json.dumps({"run": dict(state), "training": captured.numbers}), **(texts or {})}
-        writer = _writer(partial)
+        writer = _writer(staging)
         options: dict[str, Any] = {"process_group": self._group, "no_dist": self._group is None}
         if not self.asynchronous:
             self._finish(step, own, score, lambda: dcp.save(captured.tensors, storage_writer=writer, **options))
@@ -112,13 +113,13 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def _start(self, partial: Path) -> None:
+    def _start(self, staging: Path) -> None:
         if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)  # left by a killed save
-            partial.mkdir(parents=True)
+            shutil.rmtree(staging, ignore_errors=True)  # left by a killed save
+            staging.mkdir(parents=True)
 
-    def _check_shared(self, partial: Path) -> None:
-        if not partial.is_dir():
+    def _check_shared(self, staging: Path) -> None:
+        if not staging.is_dir():
             raise InputError(
                 f"--output_dir {self.folder.parent}: rank {self.rank} does not see what rank 0 writes there; "
                 "give a folder on a file system that all nodes share"
@@ -126,35 +127,35 @@ class Checkpoints:
 
     def _finish(self, step: int, own: Mapping[str, str], score: Score | None, write: Callable[[], Any]) -> None:
         """Write and hash this rank's files; once all ranks have, the index makes a checkpoint of them."""
-        partial = self.folder / files.PARTIAL
+        staging = self.folder / files.PARTIAL
         try:
             try:
                 write()
             except CheckpointException as error:
                 raise _cause(error) from error
-            described = self._everywhere(lambda: self._write_own(partial, own))
+            described = self._everywhere(lambda: self._write_own(staging, own))
             self._everywhere(lambda: self._commit(step, described, score))
         except BaseException:
             if self.accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(staging, ignore_errors=True)
             raise
 
-    def _write_own(self, partial: Path, own: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    def _write_own(self, staging: Path, own: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         for name, text in own.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        shards = [path.name for path in partial.glob(f"shard-{self.rank + 1:05}-*")]
-        return files.describe(partial, [*own, *shards])
+            (staging / name).write_text(text, encoding="utf-8")
+        shards = [path.name for path in staging.glob(f"shard-{self.rank + 1:05}-*")]
+        return files.describe(staging, [*own, *shards])
 
     def _commit(self, step: int, described: list[dict[str, dict[str, Any]]], score: Score | None) -> None:
         if not self.accelerator.is_main_process:
             return
-        partial, final, former = (self.folder / files.PARTIAL, files.folder_of(self.folder, step), self.folder / ".old")
+        staging, final, former = (self.folder / files.PARTIAL, files.folder_of(self.folder, step), self.folder / ".old")
         listed = {name: file for part in described for name, file in part.items()}
-        files.write_index(partial, files.Index(step, engine_of(self.accelerator), self.ranks, listed))
+        files.write_index(staging, files.Index(step, engine_of(self.accelerator), self.ranks, listed))
         shutil.rmtree(former, ignore_errors=True)
         if final.exists():  # damaged, so that the run went on from an earlier one
             final.rename(former)
-        partial.rename(final)
+        staging.rename(final)
         fsync(self.folder)
         shutil.rmtree(former, ignore_errors=True)
         best = files.read_best(self.folder, up_to=step)
@@ -177,11 +178,10 @@ class Checkpoints:
         steps = self._everywhere(lambda: files.steps_in(self.folder))[0]
         for step in reversed(steps):
             path = files.folder_of(self.folder, step)
-            parts = self._everywhere(lambda path=path: files.problems(path, rank=self.rank, ranks=self.ranks))
+            parts = self._everywhere(partial(files.problems, path, rank=self.rank, ranks=self.ranks))
             found = list(dict.fromkeys(problem for part in parts for problem in part))
             if not found:
                 index, content = files.read_index(path), json.loads((path / files.STATE).read_text(encoding="utf-8"))
-                self._everywhere(self._going_on)
                 return Found(path, step, index.engine, index.ranks, content["run"])
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             self._say(f"{path} is damaged: {found[0]}{more}; the one before it is used")
@@ -203,6 +203,8 @@ class Checkpoints:
         except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
             raise InputError(f"resume: {found.path} does not fit this run: {error}") from error
         self.set_random_state(found)
+        if self.accelerator.is_main_process:
+            (self.folder / files.STOPPED).unlink(missing_ok=True)
         engine = engine_of(self.accelerator)
         if (found.engine, found.ranks) != (engine, self.ranks):
             self._say(
@@ -222,10 +224,6 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             files.write_json(self.folder / files.STOPPED, {"step": step, "total_steps": total_steps, "exit_code": 75})
 
-    def _going_on(self) -> None:
-        if self.accelerator.is_main_process:
-            (self.folder / files.STOPPED).unlink(missing_ok=True)
-
     # --- among ranks ---
 
     def _everywhere(self, work: Callable[[], _T]) -> list[_T]:
@@ -240,9 +238,9 @@ class Checkpoints:
         if self._group is not None:
             outcomes = [None] * self.ranks
             dist.all_gather_object(outcomes, (result, failure), group=self._group)
-        for _, error in outcomes:
-            if error is not None:
-                raise error
+        for _, failed in outcomes:
+            if failed is not None:
+                raise failed
         return [outcome for outcome, _ in outcomes]
 
     def _say(self, line: str) -> None:

@@ -46,7 +46,8 @@ def main() -> None:
         if clean:  # gloo's threads would otherwise now and then abort a rank as it exits
             import torch
 
-            torch.distributed.destroy_process_group()
+            if torch.distributed.is_initialized():  # Accelerate's end_training does the same
+                torch.distributed.destroy_process_group()
 
 
 def stand_in_for_gpus() -> None:

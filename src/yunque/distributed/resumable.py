@@ -54,7 +54,7 @@ class ResumableTrainer(Trainer):
         """Wait until engine and optimizer are there: ``_prepare_for_training`` loads all at once."""
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Prepare as for a fresh run, then load: the Trainer's own way differs by engine and reads its own files only."""
+        """Prepare as for a fresh run, then load: the Trainer's own way differs by engine and reads only its files."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             assert self.found is not None, "go_on_from comes before training"
@@ -65,12 +65,12 @@ class ResumableTrainer(Trainer):
         if checkpoint is not None and self.found is not None:
             self.checkpoints.set_random_state(self.found)
 
-    def _run_epoch(self, **options: Any) -> Any:
+    def _run_epoch(self, *args: Any, **options: Any) -> Any:
         """Nothing where the last step is done: a run may be stopped, and resumed, in what follows training."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return None
-        return super()._run_epoch(**options)
+        return super()._run_epoch(*args, **options)
 
     def _training(self) -> Training:
         return Training(self.model_wrapped, self.optimizer, [self.lr_scheduler])

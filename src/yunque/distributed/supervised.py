@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     AnyTrainingArguments = TypeVar("AnyTrainingArguments", bound=TrainingArguments)
 
 _SAME = (
-    *("seed", "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
-    *("max_grad_norm", "label_smoothing_factor", "train_sampling_strategy"),
+    *("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("label_smoothing_factor", "train_sampling_strategy"),
 )
-"""Options that a resumed run must share with its checkpoint."""
+"""Options that a resumed run must share with its checkpoint; how long it goes on is free."""
 
 
 @dataclass

@@ -65,7 +65,8 @@ def capture(training: Training, *, rank: int, ranks: int) -> Captured:
     parameters = training.parameters
     if zero.holds(training.model):
         tensors, scalars = zero.gather(training.model, parameters, rank=rank, ranks=ranks)
-        groups = training.model.optimizer.param_groups  # type: ignore[union-attr]
+        engine: Any = training.model
+        groups = engine.optimizer.param_groups
     else:
         tensors, scalars = {}, {}
         optimizer = training.inner_optimizer
@@ -93,7 +94,7 @@ def restore(training: Training, folder: Path, numbers: Mapping[str, Any]) -> Non
         ValueError: the checkpoint is of another model; the message names the first weight that differs.
     """
     parameters = training.parameters
-    saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    saved: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     _check_same_model({key: tuple(found.size) for key, found in saved.items()}, parameters)
     kinds = sorted({key.partition("/")[0] for key in saved})
     if zero.holds(training.model):
@@ -213,9 +214,10 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: Mapping[str, Any] | None, *, seed: tuple[int, int]) -> None:
     """Set the generators of this rank as ``random_state`` found them, or by ``seed`` where it found none."""
     if state is None:
-        numbers = np.random.SeedSequence(seed).generate_state(3).tolist()
-        for number, start in zip(numbers, (random.seed, np.random.seed, torch.manual_seed), strict=True):
-            start(number)
+        first, second, third = np.random.SeedSequence(seed).generate_state(3).tolist()
+        random.seed(first)
+        np.random.seed(second)
+        torch.manual_seed(third)
         return
     version, numbers, rest = state["python"]
     random.setstate((version, tuple(numbers), rest))

@@ -198,7 +198,7 @@ def fit(
 
 
 def _measured(trainer: LengthGrouping | PreferenceTrainer, before: Callable[[], Any] | None) -> Any:
-    """What ``before`` returns; then ZeRO-3 forgets its forward passes, by whose order it would gather in the backward."""
+    """What ``before`` returns; then ZeRO-3 forgets its forward passes, by whose order it would gather weights."""
     if before is None:
         return None
     result = before()

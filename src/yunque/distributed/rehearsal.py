@@ -135,7 +135,7 @@ def leave_fused_losses_alone() -> None:
         finally:
             _autograd._push_saved_tensors_default_hooks(*hooks)
 
-    ChunkedLogProbFunction.apply = uncounted
+    ChunkedLogProbFunction.apply = uncounted  # type: ignore[method-assign]
 
 
 def _drop_dropout() -> None:
@@ -148,8 +148,8 @@ def _drop_dropout() -> None:
     def without(*args: Any, **options: Any) -> Any:
         return attention(*args, **options | {"dropout_p": 0.0})
 
-    functional.dropout = lambda input, *args, **options: input  # type: ignore[assignment]
-    functional.scaled_dot_product_attention = without  # type: ignore[method-assign]
+    functional.dropout = lambda input, *args, **options: input
+    functional.scaled_dot_product_attention = without
 
 
 def _fold_batches(ranks: int) -> None:

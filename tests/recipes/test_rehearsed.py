@@ -15,7 +15,7 @@ from yunque.artifacts import verify
 from yunque.distributed.profiles import find_profile
 from yunque.distributed.rehearse import Rehearsal, rehearse
 from yunque.models.arguments import ModelArguments
-from yunque.models.loading import load_model, load_tokenizer
+from yunque.models.loading import load_classifier, load_model, load_tokenizer
 
 SHARE = 0.55
 """Of one rank's bytes that each of two may hold: a half, and what does not divide."""
@@ -126,6 +126,22 @@ def test_dpo_of_all_weights_scores_its_reference_first(profile, rehearsed, model
     report = rehearsed(profile, "dpo", options)
     assert report.equal, report.largest_difference
     assert verify(tmp_path / "out") == []
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("profile", ["fsdp2", "zero3"])
+def test_a_reward_model_is_trained_and_merged_from_shards(profile, rehearsed, models, tmp_path):
+    data = pairs.write_pairs(tmp_path / "pairs")
+    options = LORA | {
+        "model_name_or_path": models / "llama", "dataset_name": data, "max_steps": 2, "logging_steps": 1,
+        "per_device_train_batch_size": 2, "learning_rate": 1e-2, "max_length": 32, "output_dir": tmp_path / "out",
+    }  # fmt: skip
+    report = rehearsed(profile, "reward_model", options)
+    assert report.equal, report.largest_difference
+    assert verify(tmp_path / "out") == []
+    model, _ = load_classifier(str(tmp_path / "out"))
+    assert model.config.num_labels == 1
 
 
 @pytest.mark.slow

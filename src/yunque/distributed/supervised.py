@@ -160,8 +160,10 @@ def fit(
     folder = Path(args.output_dir)
     trainer.group_by_length = args.train_sampling_strategy == "group_by_length"
     trainer.identity = _identity(trainer, args)
+    # torch's copy of what it writes in the background fails on tensor-parallel weights of ranks after the first
+    background = args.async_save and tensor_parallel() is None
     trainer.checkpoints = Checkpoints(
-        folder / CHECKPOINTS, trainer.accelerator, keep=args.save_total_limit, asynchronous=args.async_save
+        folder / CHECKPOINTS, trainer.accelerator, keep=args.save_total_limit, asynchronous=background
     )
     _keep_outputs_exact(trainer)
     if tensor_parallel():
@@ -196,7 +198,7 @@ def fit(
 
 
 def _measured(trainer: LengthGrouping | PreferenceTrainer, before: Callable[[], Any] | None) -> Any:
-    """What ``before`` returns; then ZeRO-3 forgets its forward passes, by whose order it would gather in the backward."""
+    """What ``before`` returns; then ZeRO-3 forgets its forward passes, by whose order it would gather weights."""
     if before is None:
         return None
     result = before()

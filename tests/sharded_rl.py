@@ -153,7 +153,7 @@ def _gathered_bytes(trainer, limit):
 
 
 def _unequal_lengths(trainer):
-    """Lengths of the answers of all ranks: on rank 0 every token ends one, elsewhere none does; then rank 0 has none."""
+    """Lengths of the answers of all ranks: rank 0 ends them at the first token, others never; then it has none."""
     given = trainer.adapter.eos_ids
     trainer.adapter.eos_ids = list(range(64)) if MAIN else [-1]
     rows = sample(trainer, QUERIES, range(4), 40, shortest=40)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -408,7 +408,7 @@ class PPOTrainer:
 
 def _adam(policy: Policy, config: PPOConfig) -> torch.optim.Optimizer:
     """Adam over all that trains, with a learning rate of its own for the value head."""
-    trained: dict[type, list[nn.Parameter]] = {}  # Adam's fused loops take weights of one kind, not split and whole ones
+    trained: dict[type, list[nn.Parameter]] = {}  # Adam's fused loops take no split weights beside whole ones
     for parameter in policy.model.parameters():
         if parameter.requires_grad:
             trained.setdefault(type(parameter), []).append(parameter)

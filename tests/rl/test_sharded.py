@@ -147,9 +147,9 @@ def test_ranks_whose_answers_end_at_once_wait_for_nobody(two_ranks, profile):
 
 @pytest.mark.parametrize("profile", ["fsdp2", "zero2", "zero3"])
 def test_a_rank_without_held_out_prompts_is_no_trouble(one_rank, two_ranks, profile):
-    assert two_ranks(profile)["probes"]["before and after"] == pytest.approx(
-        one_rank["probes"]["before and after"], rel=1e-3, abs=1e-4
-    )
+    found, expected = (run["probes"]["before and after"] for run in (two_ranks(profile), one_rank))
+    assert found[:2] == expected[:2]  # the answers
+    assert found[2:] == pytest.approx(expected[2:], rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -170,7 +170,8 @@ def test_the_saved_folder_is_one_rank_s(models, one_rank, two_ranks, profile):
 
 def _configuration(folder):
     (path,) = [*folder.glob("adapter_config.json"), *folder.glob("config.json")]
-    return json.loads(path.read_text())
+    configuration = json.loads(path.read_text())
+    return configuration | {"target_modules": sorted(configuration.get("target_modules", []))}  # PEFT keeps a set
 
 
 @pytest.mark.parametrize("profile", ["fsdp2", "zero3"])

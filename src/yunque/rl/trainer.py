@@ -107,8 +107,9 @@ class PPOTrainer:
         """Twins of policy and of the reference's frozen copy, if any, for an engine that shards their weights."""
         copy = self.reference.copy
         if not is_sharded(self.unwrapped, self.accelerator):
-            if copy is not None:
-                copy.to(dtype=compute_dtype(self.accelerator))  # ZeRO-1 and 2 compute in bf16, by the weights' own type
+            dtype = compute_dtype(self.accelerator)
+            for weight in () if copy is None or dtype is None else copy.parameters():
+                weight.data = weight.data.to(dtype)  # ZeRO-1 and 2 compute in bf16, by the policy's own type
             return None
         policy = Twin(self.unwrapped, self.accelerator)
         if copy is None:

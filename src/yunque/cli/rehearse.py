@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -28,11 +29,11 @@ def rehearse(
 
     Both runs go without dropout, and the one rank takes the rows of all ranks into its batches.
     """
-    from yunque.distributed.rehearse import rehearsal_of
-    from yunque.distributed.rehearse import rehearse as run
+    from yunque.distributed import rehearse as library
+    from yunque.distributed.profiles import find_profile
 
-    wanted = rehearsal_of(profile, script, context.args, ranks=ranks, nodes=nodes, port=port, launch=launch)
-    report = run(wanted, compare=not no_compare)
+    wanted = library.Rehearsal(find_profile(profile), script, context.args, ranks, nodes, port, shlex.split(launch))
+    report = library.rehearse(wanted, compare=not no_compare)
     if as_json is not None:
         as_json.write_text(report.to_json(), encoding="utf-8")
     print(report)

@@ -30,10 +30,10 @@ _ALL_TASKS: tuple[Task, ...] = ("finetune", "reward", "preferences", "rl")
 _ALL_WEIGHTS: tuple[Weights, ...] = ("full", "lora", "qlora", "prompt_tuning")
 
 REFUSALS = (
-    Refusal(_ZERO3, _ALL_TASKS, ("qlora",), "ZeRO-3 cannot split nf4 weights; take fsdp2, or zero2 if they fit"),
-    Refusal(_TENSOR_PARALLEL, _ALL_TASKS, ("qlora",), "bitsandbytes' nf4 layers know no tensor parallelism; take fsdp2"),
-    Refusal(_TENSOR_PARALLEL, _ALL_TASKS, ("prompt_tuning",), "virtual tokens have no tensor-parallel plan; take fsdp2"),
-    Refusal(_TENSOR_PARALLEL, ("reward",), _ALL_WEIGHTS, "a classification head has no tensor-parallel plan; take fsdp2"),
+    Refusal(_ZERO3, _ALL_TASKS, ("qlora",), "ZeRO-3 cannot split nf4 weights; take fsdp2"),
+    Refusal(_TENSOR_PARALLEL, _ALL_TASKS, ("qlora",), "nf4 layers have no tensor parallelism; take fsdp2"),
+    Refusal(_TENSOR_PARALLEL, _ALL_TASKS, ("prompt_tuning",), "virtual tokens have no plan to split them; take fsdp2"),
+    Refusal(_TENSOR_PARALLEL, ("reward",), _ALL_WEIGHTS, "classification heads have no plan to split them; take fsdp2"),
     Refusal(PROFILES[1:], ("data",), _ALL_WEIGHTS, "makes data in one process; start it with python"),
 )
 """Beside these, tensor parallelism wants an architecture with a plan: T5 and GPT-2 have none (models.placement)."""
@@ -59,9 +59,7 @@ def current_profile() -> str:
     return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "cpu"
 
 
-def check_layout(
-    task: Task, model: ModelArguments | None = None, prompt: PromptTuningArguments | None = None
-) -> None:
+def check_layout(task: Task, model: ModelArguments | None = None, prompt: PromptTuningArguments | None = None) -> None:
     """Check that the launch profile carries ``task`` on what the arguments train.
 
     Raises:
@@ -79,7 +77,7 @@ def check_layout(
 
 
 def data_ranks(index: int, count: int) -> tuple[int, int]:
-    """Which share of the rows rank ``index`` of ``count`` works on, and of how many: tensor-parallel ranks share one."""
+    """Which share of the rows rank ``index`` of ``count`` works on, of how many: tensor-parallel ranks share one."""
     layout = tensor_parallel()
     width = layout.ranks if layout else 1
     return index // width, count // width

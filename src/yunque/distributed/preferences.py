@@ -14,8 +14,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
+from yunque.distributed.resumable import ResumableTrainer
 from yunque.distributed.trainers import LengthGroupedSampler
 from yunque.models.adapter import ModelAdapter
 from yunque.models.policy import Policy, Reference, disable_dropout, score_tokens
@@ -32,7 +33,7 @@ _SUMS = (
 )
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(ResumableTrainer):
     """Minimises an objective over pairs, and keeps the start model as its reference where the objective needs one.
 
     TRL's DPOTrainer has no encoder-decoder and its ORPOTrainer scores prompts too; both keep whole logits or a fused
@@ -87,8 +88,10 @@ class PreferenceTrainer(Trainer):
             scores_N2 = self.log_probabilities(rows)
             if self.is_world_process_zero():
                 cache.parent.mkdir(parents=True, exist_ok=True)
-                with cache.open("wb") as file:
+                partial = cache.with_name(f".{cache.name}")  # a kill must not leave half a file under its name
+                with partial.open("wb") as file:
                     np.save(file, scores_N2)
+                partial.rename(cache)
         self.collator.reference = dict(zip(rows["row"], scores_N2.tolist(), strict=True))
 
     @property
@@ -107,6 +110,7 @@ class PreferenceTrainer(Trainer):
             self.model.to(self.args.device)
         model: Any = self.model_wrapped if self.state.global_step else self.model
         parts = []
+        known, self.collator.reference = self.collator.reference, None  # of the train rows
         with _evaluating(model):
             for batch in self.get_test_dataloader(rows):
                 scores = self._pair_scores(model, self._prepare_inputs(batch))
@@ -115,6 +119,7 @@ class PreferenceTrainer(Trainer):
                     scores_B2 /= torch.stack([scores.chosen_tokens_B, scores.rejected_tokens_B], dim=1)
                 ranks = self.accelerator.gather(scores_B2).chunk(self.accelerator.num_processes)
                 parts += ranks[:: self.get_tp_size()]  # tensor-parallel ranks have scored the same rows
+        self.collator.reference = known
         return torch.cat(parts)[: len(rows)].cpu().numpy()  # without those that fill up the last batch
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:

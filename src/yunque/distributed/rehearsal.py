@@ -23,7 +23,7 @@ RECORDS = "YUNQUE_REHEARSAL"
 """Variable with the folder for the ranks' records; nothing is counted without it."""
 
 FOLD = "YUNQUE_REHEARSAL_FOLD"
-"""Variable with the number of ranks whose batches a rank is to take on, itself included; 0 where nothing is compared."""
+"""Variable with the number of ranks whose batches a rank takes on, itself included; 0 where nothing is compared."""
 
 
 def main() -> None:
@@ -46,7 +46,8 @@ def main() -> None:
         if clean:  # gloo's threads would otherwise now and then abort a rank as it exits
             import torch
 
-            torch.distributed.destroy_process_group()
+            if torch.distributed.is_initialized():  # Accelerate's end_training does the same
+                torch.distributed.destroy_process_group()
 
 
 def stand_in_for_gpus() -> None:
@@ -64,14 +65,20 @@ def stand_in_for_gpus() -> None:
     # transformers' TrainingArguments forget the state and ask again, so the answer itself must be ours.
     PartialState._prepare_backend = lambda *args, **options: ("gloo", DistributedType.MULTI_GPU)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        _shard_small_parameters()
+        _prepare_deepspeed()
     PartialState()
 
 
-def _shard_small_parameters() -> None:
-    """Let ZeRO-3 split every parameter: those below 100,000 elements stay whole, and tiny models have no others."""
+def _prepare_deepspeed() -> None:
+    """Fit DeepSpeed to small models and bare machines.
+
+    ZeRO-3 leaves parameters below 100,000 elements whole, and tiny models have no others; and its collectives in shared
+    memory want a compiler.
+    """
+    import deepspeed
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     DeepSpeedZeroConfig.model_fields["param_persistence_threshold"].default = 0
     DeepSpeedZeroConfig.model_rebuild(force=True)
 
@@ -107,6 +114,28 @@ def _record(folder: Path, stack: ExitStack) -> None:
 
     stack.callback(write)
     stack.enter_context(meter)
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        leave_fused_losses_alone()
+
+
+def leave_fused_losses_alone() -> None:
+    """Count nothing that TRL's fused loss saves: it asks ZeRO-3 for the head's weight, which hooks turn into a copy."""
+    from torch._C import _autograd
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    apply = ChunkedLogProbFunction.apply
+
+    def uncounted(*args: Any) -> Any:
+        hooks = _autograd._top_saved_tensors_default_hooks(False)
+        if hooks is None:
+            return apply(*args)
+        _autograd._pop_saved_tensors_default_hooks()
+        try:
+            return apply(*args)
+        finally:
+            _autograd._push_saved_tensors_default_hooks(*hooks)
+
+    ChunkedLogProbFunction.apply = uncounted
 
 
 def _drop_dropout() -> None:
@@ -119,8 +148,8 @@ def _drop_dropout() -> None:
     def without(*args: Any, **options: Any) -> Any:
         return attention(*args, **options | {"dropout_p": 0.0})
 
-    functional.dropout = lambda input, *args, **options: input
-    functional.scaled_dot_product_attention = without
+    functional.dropout = lambda input, *args, **options: input  # type: ignore[assignment]
+    functional.scaled_dot_product_attention = without  # type: ignore[method-assign]
 
 
 def _fold_batches(ranks: int) -> None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import shlex
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from yunque.distributed.profiles import find_profile
 from yunque.errors import EXIT_BAD_INPUT, EXIT_TRY_AGAIN, InputError, Stopped
+
+_log = logging.getLogger(__name__)
 
 RANK_BYTES = 700 * 2**20
 """A rank that has imported torch, transformers and TRL and loaded a tiny model (measured on CPU, Linux)."""
@@ -36,11 +38,11 @@ class Rehearsal:
 
     profile: Path
     script: str
-    arguments: Sequence[str]
+    arguments: Sequence[str] = ()
     ranks: int = 2
     nodes: int = 1
-    port: int = 0
-    launch_options: Sequence[str] = ()
+    port: int = 0  # 0 is any free one
+    launch_options: Sequence[str] = ()  # of accelerate launch
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -161,17 +163,22 @@ def _launch(wanted: Rehearsal, folder: Path, *, ranks: int, nodes: int, fold: in
     folder.mkdir()
     port = free_port(wanted.port)
     if wanted.port not in (0, port):
-        print(f"port {wanted.port} is in use; taking {port}", file=sys.stderr)
+        _log.warning("port %d is in use; taking %d", wanted.port, port)
     environment = os.environ | {"YUNQUE_REHEARSAL": str(folder), "YUNQUE_REHEARSAL_FOLD": str(fold)}
     environment.setdefault("OMP_NUM_THREADS", "1")
     options = ["--config_file", str(wanted.profile), *wanted.launch_options, *_sizes(wanted, ranks)]
     options += ["--num_processes", str(ranks), "--num_machines", str(nodes), "--main_process_port", str(port)]
     options += ["--main_process_ip", "127.0.0.1"] if nodes > 1 else []
-    script = [wanted.script, *wanted.arguments, *_own_output_dir(wanted.arguments, folder)]
+    script = [
+        "-m",
+        "yunque.distributed.rehearsal",
+        wanted.script,
+        *wanted.arguments,
+        *_own_output_dir(wanted.arguments, folder),
+    ]
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "yunque.distributed.launch", *options, "--machine_rank", str(node)]
-            + ["-m", "yunque.distributed.rehearsal", *script],
+            [sys.executable, "-m", "yunque.distributed.launch", *options, "--machine_rank", str(node), *script],
             env=environment,
         )
         for node in range(nodes)
@@ -215,22 +222,10 @@ def _tensor_parallel(wanted: Rehearsal) -> tuple[int, int]:
 def _precision(wanted: Rehearsal) -> str:
     """The run's precision: the last that an option says, else the profile's."""
     chosen = str(_content(wanted).get("mixed_precision", "no"))
-    options = [*wanted.launch_options, *wanted.arguments]
-    for name, value in zip(options, [*options[1:], ""], strict=True):
+    for name, value in pairwise([*wanted.launch_options, *wanted.arguments]):
         chosen = value if name == "--mixed_precision" else chosen
     return chosen if chosen in TOLERANCE else "bf16"
 
 
 def _content(wanted: Rehearsal) -> dict[str, Any]:
     return yaml.safe_load(wanted.profile.read_text(encoding="utf-8"))
-
-
-def rehearsal_of(
-    profile: str, script: str, arguments: Sequence[str], *, ranks: int, nodes: int, port: int, launch: str
-) -> Rehearsal:
-    """A rehearsal as a user asks for it; ``launch`` are further options of ``accelerate launch``.
-
-    Raises:
-        InputError: no such profile or script, ranks that do not divide over the nodes.
-    """
-    return Rehearsal(find_profile(profile), script, arguments, ranks, nodes, port, shlex.split(launch))

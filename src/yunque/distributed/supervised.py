@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from yunque.artifacts import CHECKPOINTS, LOG, prepare_output_dir
 from yunque.distributed.arguments import RunArguments
+from yunque.distributed.layouts import data_ranks
 from yunque.distributed.start import precision
-from yunque.errors import InputError, Stopped
+from yunque.errors import InputError, Stopped, disk_full, is_disk_full
 from yunque.models.placement import tensor_parallel
 
 if TYPE_CHECKING:
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
     AnyTrainingArguments = TypeVar("AnyTrainingArguments", bound=TrainingArguments)
 
-_TRAINER_STATE = "trainer_state.json"
+_SAME = (
+    *("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("label_smoothing_factor", "train_sampling_strategy"),
+)
+"""Options that a resumed run must share with its checkpoint; how long it goes on is free."""
 
 
 @dataclass
@@ -146,21 +150,41 @@ def fit(
     Raises:
         CheckFailed: the loss is not a number.
         Stopped: a signal came; a checkpoint is saved.
+        InputError: ``resume`` finds a checkpoint of another run, or damaged ones only; the disk is full.
     """
-    from yunque.distributed.checkpoint import StopSignal
+    from transformers.trainer_utils import SaveStrategy
+
+    from yunque.distributed.checkpoint import Checkpoints, StopSignal
     from yunque.distributed.trainers import BeforeTraining, LogLines, StopOnSignal
 
     folder = Path(args.output_dir)
     trainer.group_by_length = args.train_sampling_strategy == "group_by_length"
-    start = BeforeTraining(before or (lambda: None), folder / CHECKPOINTS / "before.json")
+    trainer.identity = _identity(trainer, args)
+    # torch's copy of what it writes in the background fails on tensor-parallel weights of ranks after the first
+    background = args.async_save and tensor_parallel() is None
+    trainer.checkpoints = Checkpoints(
+        folder / CHECKPOINTS, trainer.accelerator, keep=args.save_total_limit, asynchronous=background
+    )
+    _keep_outputs_exact(trainer)
+    if tensor_parallel():
+        trainer.args.save_strategy = SaveStrategy.STEPS  # with checkpoints of ours, which the Trainer did not know of
+    found = trainer.checkpoints.newest() if args.resume else None
+    start = BeforeTraining(lambda: _measured(trainer, before), folder / CHECKPOINTS / "before.json")
     wall_s, cpu_s = time.perf_counter(), time.process_time()
-    with StopSignal() as signal:
-        trainer.add_callback(start)
-        trainer.add_callback(LogLines(folder / LOG))
-        trainer.add_callback(StopOnSignal(signal, trainer.accelerator))
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder) if args.resume else None)
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise Stopped(f"at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with --resume")
+    try:
+        with StopSignal() as signal, trainer.checkpoints:
+            stop = StopOnSignal(signal, trainer.accelerator)
+            for callback in (start, LogLines(folder / LOG), stop):
+                trainer.add_callback(callback)
+            trainer.train(resume_from_checkpoint=trainer.go_on_from(found) if found else None)
+    except Exception as error:
+        if is_disk_full(error):
+            raise disk_full(folder, error) from error
+        raise
+    if stop.stopped:
+        step, steps = trainer.state.global_step, trainer.state.max_steps
+        trainer.checkpoints.mark_stopped(step, steps)
+        raise Stopped(f"at step {step} of {steps}; go on with --resume")
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     metrics = {
         "train_loss_first": losses[0],
@@ -173,15 +197,37 @@ def fit(
     return metrics, start.result
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """Newest checkpoint of the run in ``folder`` that is complete: the Trainer writes its state file last."""
-    complete = []
-    for state in (folder / CHECKPOINTS).glob(f"checkpoint-*/{_TRAINER_STATE}"):
-        try:
-            complete.append((json.loads(state.read_text())["global_step"], str(state.parent)))
-        except (ValueError, KeyError):
-            continue  # killed while writing it
-    return max(complete)[1] if complete else None
+def _measured(trainer: LengthGrouping | PreferenceTrainer, before: Callable[[], Any] | None) -> Any:
+    """What ``before`` returns; then ZeRO-3 forgets its forward passes, by whose order it would gather weights."""
+    if before is None:
+        return None
+    result = before()
+    offload = getattr(getattr(trainer.model_wrapped, "optimizer", None), "parameter_offload", None)
+    if offload is not None and not offload.get_param_coordinator().is_invalid_trace():
+        offload.get_param_coordinator()._invalidate_trace()
+    return result
+
+
+def _keep_outputs_exact(trainer: LengthGrouping | PreferenceTrainer) -> None:
+    """Let losses leave the model as they are: FSDP2 would round all outputs to the type it computes in."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def _identity(trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments) -> dict[str, Any]:
+    """What decides the curve of a run: none of it may change when the run is resumed."""
+    same = {name: getattr(args, name) for name in _SAME}
+    model: Any = trainer.model
+    rows: Any = trainer.train_dataset
+    _, ranks = data_ranks(trainer.accelerator.process_index, trainer.accelerator.num_processes)
+    return same | {
+        "model_name_or_path": model.config._name_or_path,
+        "train rows": len(rows),
+        "per_device_train_batch_size x gradient_accumulation_steps x ranks": (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
+        ),
+    }
 
 
 def remove_checkpoints(args: RunArguments) -> None:

@@ -13,10 +13,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from yunque.distributed.checkpoint import StopSignal
-from yunque.errors import CheckFailed
+from yunque.distributed.resumable import ResumableTrainer
+from yunque.errors import CheckFailed, InputError
 
 _POOL_BATCHES = 50
 
@@ -68,7 +69,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = epoch
 
 
-class LengthGrouping(Trainer):
+class LengthGrouping(ResumableTrainer):
     """Trainer whose batches may be grouped by length."""
 
     group_by_length = False
@@ -143,6 +144,8 @@ class BeforeTraining(TrainerCallback):
     ) -> None:
         """Measure, unless a checkpoint has been loaded."""
         if state.global_step:
+            if not self.path.is_file():
+                raise InputError(f"resume: {self.path} is missing; start again with --overwrite_output_dir")
             self.result = json.loads(self.path.read_text(encoding="utf-8"))
             return
         self.result = self.measure()
@@ -156,8 +159,10 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, signal: StopSignal, accelerator: Accelerator) -> None:
         self.signal, self.accelerator = signal, accelerator
+        self.stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the Trainer to save and stop; at the last step it does so anyway."""
-        if self.signal.agreed(self.accelerator):
+        self.stopped = self.signal.agreed(self.accelerator)
+        if self.stopped:
             control.should_save = control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""Where the launch profile wants weights to be when they are loaded: tensor parallelism splits them as they are read."""
+"""Where the launch profile wants weights when they are loaded: tensor parallelism splits them as they are read."""
 
 from __future__ import annotations
 
@@ -55,6 +55,24 @@ def loading_options(config: Any) -> dict[str, Any]:
             tp_size=layout.ranks, fsdp_size=layout.groups, fsdp_mixed_precision=mixed
         )
     }
+
+
+def check_adapter(model: Any) -> None:
+    """Check that tensor parallelism carries a LoRA adapter: PEFT's fails on matrices that are split by their inputs.
+
+    Raises:
+        InputError: it has one on such a matrix.
+    """
+    split = {name.split(".")[-2] for name, layer in model.named_modules() if _split_by_inputs(layer)}
+    if split:
+        raise InputError(
+            f"lora_target_modules: {', '.join(sorted(split))} are split by their inputs under tensor parallelism, "
+            "which PEFT's LoRA does not carry; leave them out, or take fsdp2"
+        )
+
+
+def _split_by_inputs(layer: Any) -> bool:
+    return vars(layer).get("_hf_tp_plan") == "rowwise"
 
 
 def share_embedding(model: Any) -> None:

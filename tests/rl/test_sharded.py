@@ -55,6 +55,11 @@ def _with_history(model):
     return model
 
 
+def launcher(profile, ranks):
+    command = ["-m", "accelerate.commands.launch", "--config_file", f"launch/{profile}.yaml"]
+    return [*command, "--num_processes", str(ranks), "--main_process_port", "0", "-m", "yunque.distributed.rehearsal"]
+
+
 def launched(models, name, command, cases):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "SHARDED_PROFILE": name}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
@@ -80,9 +85,7 @@ def two_ranks(models):
 
     def of(profile):
         if profile not in found:
-            launcher = ["-m", "accelerate.commands.launch", "--config_file", f"launch/{profile}.yaml"]
-            launcher += ["--num_processes", "2", "--main_process_port", "0", "-m", "yunque.distributed.rehearsal"]
-            found[profile] = launched(models, profile, launcher, CASES[profile])
+            found[profile] = launched(models, profile, launcher(profile, ranks=2), CASES[profile])
         return found[profile]
 
     return of
@@ -108,14 +111,15 @@ def test_two_ranks_are_the_curve_of_one(one_rank, two_ranks, profile):
 @pytest.mark.parametrize("profile", ["fsdp2", "zero2", "zero3"])
 def test_two_ranks_in_bf16_are_the_curve_of_one_within_rounding(one_rank, two_ranks, profile):
     for case in ROUNDED:
-        first, expected = two_ranks(profile)[case]["curve"][0], one_rank[case]["curve"][0]
-        # One rank keeps float32 weights and autocasts products; FSDP2 and ZeRO compute with weights rounded to 8 bits
-        # (2^-9 each): log-probabilities of about 4 differ by some hundredths, and now and then another token is drawn,
-        # after which curves are of other answers. So only the first batch is compared, and means of it.
-        assert first["objective/entropy"] == pytest.approx(expected["objective/entropy"], rel=0.1)
-        assert first["ppo/policy/entropy"] == pytest.approx(expected["ppo/policy/entropy"], rel=0.02)
-        assert first["objective/kl"] == pytest.approx(0.0, abs=1e-6)  # policy and reference round alike
-        assert all(torch.isfinite(torch.tensor(list(line.values()))).all() for line in two_ranks(profile)[case]["curve"])
+        curve, expected = two_ranks(profile)[case]["curve"], one_rank[case]["curve"]
+        # One rank keeps float32 weights and autocasts products; FSDP2 and ZeRO compute with weights of 8 bits, 2^-9 off
+        # each: log-probabilities around -4 and means over 20 tokens of them differ in the second decimal.
+        for line, wanted in zip(curve, expected, strict=True):
+            for name in ("objective/entropy", "ppo/loss/policy", "ppo/loss/value", "ppo/val/mean"):
+                assert line[name] == pytest.approx(wanted[name], rel=0.02, abs=0.03), (case, name)
+        assert curve[0]["objective/kl"] == pytest.approx(0.0, abs=1e-6)  # the reference rounds as the policy does
+        # one update a step: the policy that the engine forwards is the one whose gathered twin was scored before
+        assert max(line["ppo/policy/approxkl"] for line in curve) < 1e-4
 
 
 @pytest.mark.parametrize("profile", ["fsdp2", "zero2", "zero3"])
@@ -143,9 +147,9 @@ def test_ranks_whose_answers_end_at_once_wait_for_nobody(two_ranks, profile):
 
 @pytest.mark.parametrize("profile", ["fsdp2", "zero2", "zero3"])
 def test_a_rank_without_held_out_prompts_is_no_trouble(one_rank, two_ranks, profile):
-    assert two_ranks(profile)["probes"]["before and after"] == pytest.approx(
-        one_rank["probes"]["before and after"], rel=1e-3, abs=1e-4
-    )
+    found, expected = (run["probes"]["before and after"] for run in (two_ranks(profile), one_rank))
+    assert found[:2] == expected[:2]  # the answers
+    assert found[2:] == pytest.approx(expected[2:], rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -166,12 +170,15 @@ def test_the_saved_folder_is_one_rank_s(models, one_rank, two_ranks, profile):
 
 def _configuration(folder):
     (path,) = [*folder.glob("adapter_config.json"), *folder.glob("config.json")]
-    return json.loads(path.read_text())
+    configuration = json.loads(path.read_text())
+    return configuration | {"target_modules": sorted(configuration.get("target_modules", []))}  # PEFT keeps a set
 
 
 @pytest.mark.parametrize("profile", ["fsdp2", "zero3"])
-def test_a_rank_holds_its_share_of_weights_and_optimizer(one_rank, two_ranks, profile):
+def test_a_rank_holds_its_share_of_weights_and_optimizer(models, one_rank, two_ranks, profile):
+    # FSDP2 keeps on one rank what no engine keeps; ZeRO adds master weights, so its one rank is asked itself
+    alone = one_rank if profile == "fsdp2" else launched(models, "zero3-alone", launcher(profile, ranks=1), FULL)
     for case in FULL:
-        held = [run[case]["bytes"] for run in (two_ranks(profile), one_rank)]
+        held = [run[case]["bytes"] for run in (two_ranks(profile), alone)]
         ours, theirs = (record["parameter_bytes"] + record["optimizer_bytes"] for record in held)
         assert ours <= 0.55 * theirs

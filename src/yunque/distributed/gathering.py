@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -88,7 +88,8 @@ class Twin(Generic[M]):
             weight = weight.to(dtype)  # before the gather, which then moves less
         if not isinstance(weight, DTensor):
             return weight
-        return weight.to(self._device).full_tensor()
+        whole: Tensor = cast(Any, weight.to(self._device)).full_tensor()
+        return whole
 
 
 def is_sharded(module: nn.Module, accelerator: Accelerator) -> bool:

@@ -101,6 +101,7 @@ def prepare_updates(
         settings["train_micro_batch_size_per_gpu"] = rows_per_rank
         settings["gradient_accumulation_steps"] = 1  # losses are parts of a sum: nothing is left to divide
         settings["gradient_clipping"] = max_grad_norm or 0.0
+        _unify(module)
     elif kind == DistributedType.FSDP and accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
         plugin = accelerator.state.fsdp_plugin
         # log-probabilities leave the model in float32: a ratio of two that were rounded to bf16 says nothing
@@ -108,3 +109,11 @@ def prepare_updates(
     prepared, optimizer = accelerator.prepare(module, optimizer)
     updates = DeepSpeedUpdates if kind == DistributedType.DEEPSPEED else Updates
     return updates(accelerator, prepared, optimizer, max_grad_norm)
+
+
+def _unify(module: nn.Module) -> None:
+    """Cast what trains beside weights that ZeRO-3 split as they were read to the type it read them in: it wants one."""
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    split = {weight.dtype for weight in trained if hasattr(weight, "ds_id")}
+    for weight in trained if split else ():
+        weight.data = weight.data.to(next(iter(split)))

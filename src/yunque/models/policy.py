@@ -157,16 +157,21 @@ def score_tokens(
         logits_BRV, hidden_BRD = adapter.score(model, batch)
         return token_scores(logits_BRV, batch.response_BR, temperature, keep_logits=True), hidden_BRD
     mask_BR, targets_N = batch.mask_BR, batch.response_BR[batch.mask_BR]
+    entropies: list[Tensor] = []
+
+    def padded(column_N: Tensor) -> Tensor:
+        return torch.zeros(mask_BR.shape, device=mask_BR.device).masked_scatter(mask_BR, column_N)
 
     def instead(head: nn.Linear, states_BRD: Tensor) -> Tensor:
-        found = head_scores(states_BRD[mask_BR], HeadWeights(head.weight, head.bias), targets_N, temperature)
-        empty_BR = torch.zeros(mask_BR.shape, device=mask_BR.device)
-        return torch.stack([empty_BR.masked_scatter(mask_BR, part) for part in found], dim=-1)
+        weights = HeadWeights(head.weight, head.bias)
+        logprobs_N, entropy_N = head_scores(states_BRD[mask_BR], weights, targets_N, temperature)
+        entropies.append(entropy_N)
+        return padded(logprobs_N).unsqueeze(-1)
 
-    with _head_replaced(model, instead):  # the scores leave in the logits' place: ZeRO-3 sees the head at work
-        scores_BR2, hidden_BRD = adapter.score(model, batch)
-    logprobs_BR, entropy_BR = (column.contiguous() for column in scores_BR2.unbind(dim=-1))
-    return TokenScores(logprobs_BR, entropy_BR.detach()), hidden_BRD
+    with _head_replaced(model, instead):
+        # log-probabilities leave in the logits' place: gradients come back through the head, where ZeRO-3 awaits them
+        logprobs_BR1, hidden_BRD = adapter.score(model, batch)
+    return TokenScores(logprobs_BR1[..., 0].clone(), padded(entropies[0])), hidden_BRD
 
 
 def token_scores(logits_BRV: Tensor, response_BR: Tensor, temperature: float, keep_logits: bool) -> TokenScores:

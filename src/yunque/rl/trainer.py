@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -107,8 +107,9 @@ class PPOTrainer:
         """Twins of policy and of the reference's frozen copy, if any, for an engine that shards their weights."""
         copy = self.reference.copy
         if not is_sharded(self.unwrapped, self.accelerator):
-            if copy is not None:
-                copy.to(dtype=compute_dtype(self.accelerator))  # ZeRO-1 and 2 compute in bf16, by the weights' own type
+            dtype = compute_dtype(self.accelerator)
+            for weight in () if copy is None or dtype is None else copy.parameters():
+                weight.data = weight.data.to(dtype)  # ZeRO-1 and 2 compute in bf16, by the policy's own type
             return None
         policy = Twin(self.unwrapped, self.accelerator)
         if copy is None:
@@ -408,9 +409,7 @@ class PPOTrainer:
 
 def _adam(policy: Policy, config: PPOConfig) -> torch.optim.Optimizer:
     """Adam over all that trains, with a learning rate of its own for the value head."""
-    trained: dict[
-        type, list[nn.Parameter]
-    ] = {}  # Adam's fused loops take weights of one kind, not split and whole ones
+    trained: dict[type, list[nn.Parameter]] = {}  # Adam's fused loops take no split weights beside whole ones
     for parameter in policy.model.parameters():
         if parameter.requires_grad:
             trained.setdefault(type(parameter), []).append(parameter)

@@ -172,8 +172,9 @@ class SavedActivations:
 
         saved_tensors_hooks.__enter__ = counted  # type: ignore[method-assign]
         self._stack.callback(setattr, saved_tensors_hooks, "__enter__", enter)
-        self._stack.callback(setattr, torch.autograd.Function, "apply", torch.autograd.Function.apply)
-        torch.autograd.Function.apply = _with_weights_kept(self, torch.autograd.Function.apply)
+        apply = vars(torch.autograd.Function)["apply"]
+        self._stack.callback(setattr, torch.autograd.Function, "apply", apply)
+        torch.autograd.Function.apply = _with_weights_kept(self, apply)  # type: ignore[method-assign]
         self._stack.enter_context(saved_tensors_hooks(self._pack, _unpack))
         return self
 

@@ -292,11 +292,14 @@ def local(tensor: Any) -> Tensor:
 
 
 def held_bytes(tensors: Iterable[Any]) -> int:
-    """Bytes of the storages behind ``tensors`` on this rank, each counted once; what is no tensor counts nothing."""
+    """Bytes of the storages behind ``tensors`` on this rank, each once, and of DTensor shards."""
     storages = {}
     for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            storage = local(tensor).untyped_storage()
+        if isinstance(tensor, DTensor):  # its shard: on a CPU one cut while loading may be a view of the whole
+            shard = tensor._local_tensor
+            storages[shard.data_ptr()] = shard.numel() * shard.element_size()
+        elif isinstance(tensor, Tensor):
+            storage = tensor.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
 

@@ -183,7 +183,7 @@ class _Model:
         self.model = build(self.config, request.model)
         value_head = request.method == "ppo"
         self.weights = weights_of(self.model, request.model, value_head=value_head)
-        self.head_weights = [weight for weight in self.weights if weight.name.startswith("v_head")]
+        self.head_weights = [weight for weight in self.weights if weight.name.startswith("v_head.")]
         self.policy_weights: list[Weight] = [weight for weight in self.weights if weight not in self.head_weights]
         base = self.model.get_base_model() if request.model.use_peft else self.model
         self.tensor_plan: dict[str, str] = getattr(base, "tp_plan", None) or {}

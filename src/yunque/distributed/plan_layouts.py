@@ -101,8 +101,9 @@ def _zero(local: list[Weight], layout: Layout) -> Held:
         # the 16-bit average of the rank's part, and the float32 copy of it that the step works on
         gradients = (_BFLOAT16 + _FLOAT32) * part if stage == 2 else _BFLOAT16 * trained + _FLOAT32 * part
         return Held(full, gradients, optimizer, bucket)
-    parts = sum(_BFLOAT16 * math.ceil(weight.count / ranks) for weight in local)
-    whole = sum(_BFLOAT16 * weight.count for weight in local if weight.count < layout.persistent)
+    sizes = [(weight.count, _FLOAT32 if weight.added else _BFLOAT16) for weight in local]
+    parts = sum(size * math.ceil(count / ranks) for count, size in sizes)
+    whole = sum(size * count for count, size in sizes if count < layout.persistent)
     gradients = (_BFLOAT16 + _FLOAT32) * part
     buffers = bucket + _gathered(local)
     if layout.profile == "zero3_offload":

@@ -42,6 +42,11 @@ class Weight:
     packed: bool = False
 
     @property
+    def added(self) -> bool:
+        """Whether it is an adapter's or the value head's: made by us, not read."""
+        return "lora_" in self.name or self.name.startswith("v_head.")
+
+    @property
     def count(self) -> int:
         """Number of elements."""
         return torch.Size(self.shape).numel()
@@ -78,11 +83,15 @@ def build(config: PretrainedConfig, args: ModelArguments) -> Any:
         InputError: an architecture without language head, LoRA targets that match no layer.
     """
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    untied = config.is_encoder_decoder and not config.tie_word_embeddings
+    whole = deepcopy(config)
+    whole.tie_word_embeddings = untied or config.tie_word_embeddings  # such models tie encoder and decoder by it too
     with torch.device("meta"), no_init_weights(), without_float32_modules(args.load_in_4bit, auto, config):
-        model = auto.from_config(deepcopy(config), dtype=torch.float32)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if config.is_encoder_decoder and not config.tie_word_embeddings and head.weight is embedding.weight:
-        head.weight = nn.Parameter(torch.empty_like(embedding.weight))
+        model = auto.from_config(whole, dtype=torch.float32)
+    model.tie_weights()
+    if untied:
+        model.get_output_embeddings().weight = nn.Parameter(torch.empty_like(model.get_input_embeddings().weight))
+        model.config.tie_word_embeddings = False
     return add_lora(model, args) if args.use_peft else model
 
 
@@ -128,7 +137,8 @@ def weights_of(model: Any, args: ModelArguments, *, value_head: bool) -> list[We
 class Engine:
     """How a profile computes: in float32, on bf16 copies of float32 weights (autocast), or on bf16 weights.
 
-    ZeRO-3 has linear layers of its own, which keep their input whether or not their weight trains.
+    ZeRO-3 has linear layers of its own, which keep their input whether or not their weight trains, and leaves adapters
+    and value head, which are made after it has taken the model over, in float32.
     """
 
     precision: Literal["float32", "autocast", "bfloat16"]
@@ -148,7 +158,10 @@ def saved_bytes(original: Any, task: str, batch: Batch, engine: Engine, *, check
     head = ValueHead(model.config.get_text_config(decoder=True).hidden_size).to("meta") if task == "rl" else None
     for part in (model, head):
         if part is not None:
-            _make_fake(part.to(torch.bfloat16) if engine.precision == "bfloat16" else part, mode)
+            for name, weight in part.named_parameters() if engine.precision == "bfloat16" else ():
+                if not (engine.zero3 and (part is head or "lora_" in name)):
+                    weight.data = weight.data.to(torch.bfloat16)
+            _make_fake(part, mode)
     if engine.zero3:
         _save_every_input(model)
     model.train()

@@ -136,7 +136,8 @@ def environment_of(profile: str) -> dict[str, str]:
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     words = ["--config_file", f"launch/{profile}.yaml", "--num_processes", str(RANKS), "script.py"]
-    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    args, profile_read, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    args.deepspeed_fields_from_accelerate_config = ",".join(profile_read.deepspeed_config)
     found = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
     return {name: value for name, value in found.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
@@ -381,8 +382,10 @@ def write_assets(folder: Path) -> dict[str, dict[str, Any]]:
     t5 = T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0, **special)
     roberta = RobertaConfig(max_position_embeddings=66, bos_token_id=1, id2label=names, **shape, **special)
     T5ForConditionalGeneration(t5).save_pretrained(folder / "t5")
+    t5.dropout_rate = 0.0
+    T5ForConditionalGeneration(t5).save_pretrained(folder / "t5_without_dropout")
     RobertaForSequenceClassification(roberta).save_pretrained(folder / "classifier")
-    for name in ("t5", "classifier"):
+    for name in ("t5", "t5_without_dropout", "classifier"):
         tokenizer.save_pretrained(folder / name)
     chance = random.Random(0)
     (folder / "data").mkdir()
@@ -429,7 +432,7 @@ def warm_up() -> None:
 
 def break_runs(recipe: str, options: dict[str, Any], names: list[str], times: int, root: Path) -> Iterator[bool]:
     """Print a line for every fault, met ``times`` times; yields whether all runs ended as the undisturbed one."""
-    undisturbed = launch(recipe, options, root / f"{recipe}-undisturbed")
+    undisturbed = launch(recipe, options, root / f"{recipe}-{names[0]}-undisturbed")
     undisturbed.wait()
     if any(undisturbed.codes.values()):
         raise SystemExit(undisturbed.errors.read_text())
@@ -470,7 +473,10 @@ def main() -> None:
         sound = [
             done
             for recipe in args.recipes
-            for done in break_runs(recipe, options[recipe], args.faults, args.times, root)
+            # other ranks draw other dropout
+            for names, changed in ((FAULTS, {}), (MOVES, {"model_name_or_path": root / "t5_without_dropout"}))
+            if (chosen := [name for name in args.faults if name in names])
+            for done in break_runs(recipe, options[recipe] | changed, chosen, args.times, root)
         ]
     sys.exit(not all(sound))
 

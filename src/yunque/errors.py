@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -51,7 +52,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's ``main`` and leave with the project's exit codes, printing user errors as one line.
 
     Exit codes: 0 done, 1 a check failed, 2 bad input or a full disk, 75 stopped by a signal after saving.
-    Only rank 0 prints, since all ranks of a launch meet the same user error.
+    Only rank 0 prints, since all ranks of a launch meet the same user error. The code also goes into the file that
+    ``YUNQUE_EXIT_FILE`` names, since accelerate's launcher makes 1 of every code of a rank.
     """
     code = 0
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it misses an optional kernel
@@ -68,4 +70,12 @@ def run(main: Callable[[], None]) -> NoReturn:
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"{label}: {' '.join(str(error).split())}", file=sys.stderr)
+        _leave_code(code)
     sys.exit(code)
+
+
+def _leave_code(code: int) -> None:
+    """Write ``code`` for who started the launch; of several ranks the first one knows the cause."""
+    if path := os.environ.get("YUNQUE_EXIT_FILE"):
+        with contextlib.suppress(OSError), open(path, "x", encoding="ascii") as file:
+            file.write(str(code))

@@ -50,9 +50,10 @@ done
 [[ ${GPUS_ASKED:-1} =~ ^[0-9]+$ ]] || die "--gpus-per-node: '$GPUS_ASKED' is not a number of GPUs"
 
 command=(sbatch "${all[@]}" --chdir="$PWD" --output="$LOG_DIR/%x-%j.out" "$job" "$@")
-# In a shell of an allocation this is still a check of another job.
-unset "${!SLURM_@}"
-shown=$(SLURM_SUBMIT_DIR=$PWD LAUNCH_MODE=$LAUNCH_MODE bash "$job" "$@")
+shown=$(
+  unset "${!SLURM_@}" # in a shell of an allocation this is still another job
+  SLURM_SUBMIT_DIR=$PWD LAUNCH_MODE=$LAUNCH_MODE bash "$job" "$@"
+)
 if [[ $LAUNCH_MODE == dry-run ]]; then
   printf '%q ' "${command[@]}"
   printf '\n%s\n' "$shown"

@@ -49,3 +49,15 @@ def test_disk_full_is_known_in_the_words_of_torch_and_safetensors():
     assert errors.is_disk_full(Exception("Error while serializing: I/O error: No space left on device (os error 28)"))
     assert errors.is_disk_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
     assert not errors.is_disk_full(OSError(errno.EACCES, "Permission denied"))
+
+
+def test_the_first_code_is_left_for_who_launched_the_ranks(tmp_path, monkeypatch):
+    path = tmp_path / "exit_code"
+    monkeypatch.setenv("YUNQUE_EXIT_FILE", str(path))
+    leave(None)
+    assert not path.exists()
+    leave(errors.Stopped("saved"))
+    leave(errors.CheckFailed("another rank, torn down by the first"))
+    assert path.read_text() == "75"
+    monkeypatch.setenv("YUNQUE_EXIT_FILE", str(tmp_path / "none" / "exit_code"))
+    assert leave(errors.Stopped("saved")) == 75

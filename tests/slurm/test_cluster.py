@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,12 +28,12 @@ POLL_S = 0.2
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 TIMING = ("train_wall_s", "train_cpu_s")
 
-STEPS = 240
-SAVE_STEPS = 60
+STEPS = 120
+SAVE_STEPS = 30
 OPTIONS = {
     "max_steps": STEPS,
     "save_steps": SAVE_STEPS,
-    "logging_steps": 5,
+    "logging_steps": 1,
     "per_device_train_batch_size": 4,
     "learning_rate": 5e-3,
     "max_new_tokens": 4,
@@ -106,21 +107,22 @@ def log(folder: Path) -> list[dict[str, float]]:
 
 
 class Faults:
-    """Hits a running job once per start, when the start has logged a few steps of its own; notes what it saw."""
+    """Hits a running job once per start, after a few steps of that start; `lowest`: the lowest last step seen of it."""
 
     def __init__(self, folder: Path, faults: list[Callable[[], Any]]) -> None:
-        self.folder, self.faults, self.steps_at_fault = folder, faults, []
-        self.first_steps: dict[int, float] = {}
+        self.folder, self.faults = folder, faults
+        self.hit_at: list[int] = []
+        self.lowest: dict[int, int] = {}
 
     def __call__(self, job: dict[str, str]) -> None:
-        start, lines = int(job["Restarts"]), log(self.folder)
-        if job["JobState"] != "RUNNING" or not lines or start >= len(self.faults) or start < len(self.steps_at_fault):
+        lines, start = log(self.folder), int(job["Restarts"])
+        if job["JobState"] != "RUNNING" or not lines:
             return
         last = lines[-1]["step"]
-        known = self.steps_at_fault[-1] if self.steps_at_fault else 0
-        if last > known + 10 or (start and last != known and last > self.first_steps.setdefault(start, last) + 10):
+        self.lowest[start] = min(last, self.lowest.get(start, last))
+        if start == len(self.hit_at) < len(self.faults) and last > self.lowest[start] + 10:
             self.faults[start]()
-            self.steps_at_fault.append(last)
+            self.hit_at.append(last)
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -128,10 +130,11 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What two runs of one seed must agree in: metrics but times, the log, the weights' bytes."""
+    """What two runs of one seed must agree in: metrics but times, every logged loss, the weights' bytes."""
     assert not verify(folder)
     metrics = {name: value for name, value in manifest(folder)["metrics"].items() if name not in TIMING}
-    return {"metrics": metrics, "log": log(folder), "weights": sha256_file(folder / "model.safetensors")}
+    losses = {line["step"]: line["loss"] for line in log(folder) if "loss" in line}
+    return {"metrics": metrics, "losses": losses, "weights": sha256_file(folder / "model.safetensors")}
 
 
 def test_a_run_that_is_stopped_and_requeued_ends_as_an_undisturbed_one(cluster, submit, ended, arguments, tmp_path):
@@ -148,7 +151,128 @@ def test_a_run_that_is_stopped_and_requeued_ends_as_an_undisturbed_one(cluster, 
     said = output(tmp_path)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "2"), said
     assert outcome(hit) == outcome(calm)
+    assert 0 < faults.hit_at[0] <= faults.lowest[1]  # the second start went on where the first was stopped
+    assert faults.hit_at[0] <= faults.lowest[2] < faults.hit_at[1] < STEPS  # the third from a checkpoint
     assert "the run was stopped after saving; requeued, to go on from the last checkpoint" in said
     for start in range(3):
         nodes = {path.name for path in (tmp_path / "logs" / f"finetune-{number}" / f"start-{start}").glob("node-*")}
         assert nodes == {"node-0", "node-1"}
+
+
+# --- what Slurm does to a job, with a stand-in for Python: the launcher's part is real ---
+
+STAND_IN = """\
+#!/usr/bin/env -S {python} -S
+# Stands for accelerate's launcher and its ranks: stops when asked ("obey"), never ("deaf"), or ends with a code.
+import os, signal, sys, time
+
+def leave(code):
+    with open(os.environ["YUNQUE_EXIT_FILE"], "w") as file:
+        file.write(str(code))
+    sys.exit(1)
+
+mode, rank = os.environ["MODE"], sys.argv[sys.argv.index("--machine_rank") + 1]
+print("started", rank, os.environ["SLURM_NODEID"], os.environ.get("SLURM_RESTART_COUNT", 0), sys.argv[-4:], flush=True)
+if mode == "obey":
+    signal.signal(signal.SIGUSR1, lambda *_: leave(75))
+    signal.signal(signal.SIGTERM, lambda *_: leave(75))
+if mode in ("obey", "deaf"):
+    time.sleep(120)
+if mode != "done":
+    leave(mode)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path) -> Path:
+    path = tmp_path / "python"
+    path.write_text(STAND_IN.format(python=sys.executable))
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def started(cluster, tmp_path) -> Callable[[int], None]:
+    """Wait until both nodes have started their part for the n-th time."""
+
+    def wait(start: int) -> None:
+        end = time.monotonic() + TIMEOUT_S
+        while sum(f" {start} [" in line for line in output(tmp_path).splitlines()) < 2:
+            assert time.monotonic() < end, output(tmp_path) + cluster.logs()
+            time.sleep(POLL_S)
+
+    return wait
+
+
+def test_every_node_knows_its_number_and_the_run_s_code_is_the_job_s(submit, ended, stand_in, tmp_path):
+    job = ended(submit("finetune", "--max_steps", 3, settings={"PYTHON": stand_in}, MODE="2"))
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
+    lines = sorted(line for line in output(tmp_path).splitlines() if "started" in line)
+    assert [line[: len("0: started 0 0 0")] for line in lines] == ["0: started 0 0 0", "1: started 1 1 0"]
+
+
+def test_a_stopped_job_comes_back_as_often_as_the_site_allows(cluster, submit, ended, started, stand_in, tmp_path):
+    number = submit("finetune", settings={"PYTHON": stand_in, "MAX_REQUEUES": 1}, MODE="obey")
+    for start in (0, 1):
+        started(start)
+        cluster.run("scancel", "--batch", "--signal=USR1", number)
+    job = ended(number)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "75:0", "1"), output(tmp_path)
+    assert "not requeued again after 1 times" in output(tmp_path)
+    assert "'recipes/finetune.py', '--resume']" in output(tmp_path)
+
+
+def test_a_cancelled_job_saves_and_stays_away(cluster, submit, ended, started, stand_in, tmp_path):
+    number = submit("finetune", settings={"PYTHON": stand_in}, MODE="obey")
+    started(0)
+    cluster.run("scancel", number)
+    job = ended(number)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), output(tmp_path)
+    assert (tmp_path / "logs" / f"finetune-{number}" / "start-0" / "exit_code").read_text() == "75"
+    assert "requeued" not in output(tmp_path)
+
+
+def test_ranks_that_never_listen_are_requeued_before_slurm_kills_them(
+    cluster, submit, ended, started, stand_in, tmp_path
+):
+    number = submit("finetune", settings={"PYTHON": stand_in, "STOP_GRACE_S": 2}, MODE="deaf")
+    started(0)
+    cluster.run("scancel", "--batch", "--signal=USR1", number)
+    started(1)
+    assert "the ranks did not stop within 2 s; requeued" in output(tmp_path)
+    cluster.run("scancel", "--signal=KILL", number)
+    assert ended(number)["Restarts"] == "1"
+
+
+def test_a_job_that_a_higher_one_preempts_saves_and_comes_back(cluster, submit, ended, started, stand_in, tmp_path):
+    settings = {"PYTHON": stand_in}
+    number = submit("--exclusive", "finetune", settings=settings, MODE="obey")
+    started(0)
+    higher = ended(submit("--partition=high", "--exclusive", "ppo_detox", settings=settings, MODE="done"))
+    assert higher["JobState"] == "COMPLETED"
+    started(1)
+    assert "the run was stopped after saving" in output(tmp_path)
+    cluster.run("scancel", number)
+    assert ended(number)["JobState"] == "CANCELLED"
+
+
+def test_an_array_is_a_run_per_seed(cluster, submit, stand_in, tmp_path):
+    options = ["--array=0-1", "ppo_detox", "--output_dir", tmp_path / "runs"]
+    submit(*options, settings={"PYTHON": stand_in}, nodes=1, MODE="done")
+    end = time.monotonic() + TIMEOUT_S
+    while output(tmp_path).count("started") < 2 and time.monotonic() < end:
+        time.sleep(POLL_S)
+    for seed in (0, 1):
+        assert f"'--seed', '{seed}', '--output_dir', '{tmp_path}/runs/seed-{seed}']" in output(tmp_path)
+
+
+def test_the_doctor_reports_every_node_and_compares_them(cluster, tmp_path):
+    command = [Path(sys.executable).with_name("yunque"), "doctor", "--quick", "--json", "--output_dir", tmp_path]
+    step = ["srun", "--nodes=2", "--ntasks-per-node=1", *command]
+    reports = [json.loads(line) for line in cluster.run(*step, **ENVIRONMENT).splitlines()]
+    assert sorted(report["node"] for report in reports) == ["n1", "n2"]
+    for report in reports:
+        checks = {check["name"]: check for check in report["checks"]}
+        assert checks["slurm"]["found"].endswith("2 nodes, 0 GPUs here")
+        assert checks["shared folder"]["status"] == "ok"
+        assert abs(checks["clocks apart"]["values"]["lead_s"]) < 1

@@ -49,7 +49,7 @@ SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0
 MpiDefault=none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=10
+KillWait=3
 ReturnToService=2
 PartitionName=low Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=30
 PartitionName=high Nodes=ALL State=UP PriorityTier=2 PreemptMode=OFF

@@ -16,7 +16,7 @@ def doctor(
     quick: Annotated[
         bool, typer.Option("--quick", help="Leave out what is measured: disk, copies, all-reduce.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line per node.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, on one line.")] = False,
 ) -> None:
     """Check this node before training on it; `srun --ntasks-per-node=1 yunque doctor` checks every node of a job."""
     from yunque.distributed import doctor as checks

@@ -4,8 +4,7 @@
 #
 #   slurm/launch.sh SCRIPT [--profile NAME] [--dry-run] [--accelerate "OPTIONS"] [SCRIPT'S OPTIONS...]
 #
-# Exit codes: the script's own (0 done, 1 a check failed, 2 bad input, 75 stopped after saving and not requeued),
-# else srun's.
+# Exit codes: the script's own: 0 done, 1 failed, 2 bad input, 75 stopped after saving.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=slurm/lib.sh
@@ -101,8 +100,7 @@ build_command() {
     per_node=1
   fi
   command=(--config_file "launch/$profile.yaml" --num_machines "$nodes" --num_processes $((nodes * per_node))
-    --main_process_ip "$head" --main_process_port "$port" --max_restarts "$MAX_RESTARTS"
-    --deepspeed_multinode_launcher standard)
+    --main_process_ip "$head" --main_process_port "$port" --max_restarts "$MAX_RESTARTS")
   # static takes the nodes' numbers from us; only c10d starts the ranks of all nodes again when some die
   if ((MAX_RESTARTS)); then command+=(--rdzv_backend c10d); else command+=(--rdzv_backend static); fi
   command+=("${accelerate_options[@]}")
@@ -117,7 +115,7 @@ build_command() {
 export_environment() {
   export PYTHON GPUS_PER_NODE=$gpus
   RANK_LOGS=$LOG_DIR/$(basename "$script" .py)-$job/start-${SLURM_RESTART_COUNT:-0}
-  export RANK_LOGS YUNQUE_EXIT_FILE=$RANK_LOGS/exit_code
+  export RANK_LOGS EXIT_FILE=$RANK_LOGS/exit_code
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
   if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer takes it from the job (22.05)
@@ -178,9 +176,9 @@ requeue() { # WHY
 }
 
 run() {
-  local pid code=0 told=
+  local pid code=0
   mkdir -p "$RANK_LOGS"
-  rm -f "$YUNQUE_EXIT_FILE"
+  rm -f "$EXIT_FILE"
   time_up='' cancelled=''
   trap time_up=yes USR1   # --signal=B:USR1 of the job
   trap cancelled=yes TERM # scancel: a job that its owner ended must not come back
@@ -195,16 +193,15 @@ run() {
       kill -0 "$pid" 2>/dev/null && requeue "the ranks did not stop within $STOP_GRACE_S s"
     fi
   done
-  # accelerate's launcher makes 1 of every code of a rank; the ranks leave their own here
-  [[ ! -s $YUNQUE_EXIT_FILE ]] || told=$(<"$YUNQUE_EXIT_FILE")
   [[ $code != 0 ]] || exit 0
-  [[ -z $cancelled ]] || exit "${told:-$code}"
-  case $told in
+  [[ ! -s $EXIT_FILE ]] || code=$(<"$EXIT_FILE")
+  [[ -z $cancelled ]] || exit "$code"
+  case $code in
+    2) exit 2 ;;
     75) requeue "the run was stopped after saving" ;;
-    [12]) exit "$told" ;;
   esac
-  echo "slurm: ranks ended without a word (srun: $code); their logs are in $RANK_LOGS" >&2
-  [[ $REQUEUE_ON_CRASH == no ]] || requeue "REQUEUE_ON_CRASH"
+  echo "slurm: the run failed (exit code $code); the logs of its ranks are in $RANK_LOGS" >&2
+  [[ $REQUEUE_ON_FAILURE == no ]] || requeue "REQUEUE_ON_FAILURE"
   exit "$code"
 }
 

@@ -29,8 +29,8 @@ read_site() {
   whole_number STOP_GRACE_S 1
   whole_number MAX_REQUEUES 0
   whole_number MAX_RESTARTS 0
-  [[ $REQUEUE_ON_CRASH == yes || $REQUEUE_ON_CRASH == no ]] ||
-    die "$SITE_ENV: REQUEUE_ON_CRASH=$REQUEUE_ON_CRASH is neither yes nor no"
+  [[ $REQUEUE_ON_FAILURE == yes || $REQUEUE_ON_FAILURE == no ]] ||
+    die "$SITE_ENV: REQUEUE_ON_FAILURE=$REQUEUE_ON_FAILURE is neither yes nor no"
   [[ -n $LOG_DIR ]] || die "$SITE_ENV: LOG_DIR is empty; name a folder that all nodes share"
   case $CONTAINER in
     '') ;;

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One node's part of a job, started by launch.sh once per node: accelerate's launcher, whose machine rank is this
 # node's number in the step. The number is known here only: in the batch script every node would be the first.
+# The launcher that ends first leaves its code in EXIT_FILE: Slurm kills the other ones, and reports a mixture.
 set -euo pipefail
 
 fail() {
@@ -16,7 +17,7 @@ here=${SLURM_GPUS_ON_NODE:-0}
 trap '' USR1 TERM
 export PET_SIGNALS_TO_HANDLE=SIGINT # torchrun would otherwise end its ranks at the first SIGTERM
 
-command=("$PYTHON" -m accelerate.commands.launch --machine_rank "$SLURM_NODEID"
+command=("$PYTHON" -m yunque.distributed.launch --machine_rank "$SLURM_NODEID"
   --log_dir "$RANK_LOGS/node-$SLURM_NODEID" --tee 3 "$@")
 if [[ -n ${DRY_RUN:-} ]]; then
   printf 'node %s:' "$SLURM_NODEID"
@@ -25,4 +26,10 @@ if [[ -n ${DRY_RUN:-} ]]; then
   exit
 fi
 mkdir -p "$RANK_LOGS/node-$SLURM_NODEID"
-exec "${command[@]}"
+code=0
+"${command[@]}" || code=$?
+(
+  set -o noclobber
+  echo "$code" >"$EXIT_FILE"
+) 2>/dev/null || true
+exit "$code"

@@ -1,6 +1,8 @@
 """Exit codes and the one-line messages of user errors."""
 
+import contextlib
 import errno
+import signal
 
 import pytest
 
@@ -32,6 +34,21 @@ def test_exit_code_and_one_line(error, code, line, capsys):
     assert capsys.readouterr().err == line
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_outside_training_stops_at_once_whatever_catches_exceptions(number, capsys):
+    def main() -> None:
+        with contextlib.suppress(Exception):
+            signal.raise_signal(number)
+        raise AssertionError("the signal was swallowed")
+
+    former = signal.getsignal(number)
+    with pytest.raises(SystemExit) as exit_:
+        errors.run(main)
+    assert exit_.value.code == 75
+    assert capsys.readouterr().err.startswith(f"stopped: by {number.name}; start again, with --resume")
+    assert signal.getsignal(number) is former
+
+
 def test_only_rank_0_prints(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert leave(errors.InputError("--seed: give a number")) == 2
@@ -49,15 +66,3 @@ def test_disk_full_is_known_in_the_words_of_torch_and_safetensors():
     assert errors.is_disk_full(Exception("Error while serializing: I/O error: No space left on device (os error 28)"))
     assert errors.is_disk_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
     assert not errors.is_disk_full(OSError(errno.EACCES, "Permission denied"))
-
-
-def test_the_first_code_is_left_for_who_launched_the_ranks(tmp_path, monkeypatch):
-    path = tmp_path / "exit_code"
-    monkeypatch.setenv("YUNQUE_EXIT_FILE", str(path))
-    leave(None)
-    assert not path.exists()
-    leave(errors.Stopped("saved"))
-    leave(errors.CheckFailed("another rank, torn down by the first"))
-    assert path.read_text() == "75"
-    monkeypatch.setenv("YUNQUE_EXIT_FILE", str(tmp_path / "none" / "exit_code"))
-    assert leave(errors.Stopped("saved")) == 75

@@ -168,20 +168,14 @@ STAND_IN = """\
 # Stands for accelerate's launcher and its ranks: stops when asked ("obey"), never ("deaf"), or ends with a code.
 import os, signal, sys, time
 
-def leave(code):
-    with open(os.environ["YUNQUE_EXIT_FILE"], "w") as file:
-        file.write(str(code))
-    sys.exit(1)
-
 mode, rank = os.environ["MODE"], sys.argv[sys.argv.index("--machine_rank") + 1]
 print("started", rank, os.environ["SLURM_NODEID"], os.environ.get("SLURM_RESTART_COUNT", 0), sys.argv[-4:], flush=True)
 if mode == "obey":
-    signal.signal(signal.SIGUSR1, lambda *_: leave(75))
-    signal.signal(signal.SIGTERM, lambda *_: leave(75))
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 if mode in ("obey", "deaf"):
     time.sleep(120)
-if mode != "done":
-    leave(mode)
+sys.exit(0 if mode == "done" else int(mode))
 """
 
 
@@ -230,7 +224,7 @@ def test_a_cancelled_job_saves_and_stays_away(cluster, submit, ended, started, s
     cluster.run("scancel", number)
     job = ended(number)
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), output(tmp_path)
-    assert (tmp_path / "logs" / f"finetune-{number}" / "start-0" / "exit_code").read_text() == "75"
+    assert (tmp_path / "logs" / f"finetune-{number}" / "start-0" / "exit_code").read_text() == "75\n"
     assert "requeued" not in output(tmp_path)
 
 

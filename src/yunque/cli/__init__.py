@@ -9,8 +9,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from yunque import __version__, errors
+<<<<<<< HEAD
 from yunque.cli import data
 from yunque.cli.doctor import doctor
+=======
+from yunque.cli import data, rehearse
+>>>>>>> h/ckpt
 from yunque.cli.show import show
 
 # Typer keeps click's exceptions to itself in its newer versions; this is click's UsageError in all of them.
@@ -20,6 +24,7 @@ app = typer.Typer(add_completion=False, help="From fine-tuning through alignment
 app.command()(show)
 app.command()(doctor)
 app.add_typer(data.app, name="data")
+app.command(context_settings=rehearse.CONTEXT)(rehearse.rehearse)
 
 
 def main() -> NoReturn:

@@ -37,7 +37,7 @@ from transformers.utils import logging
 from yunque.errors import InputError
 from yunque.models.arguments import ModelArguments, PromptTuningArguments
 from yunque.models.copying import read_whole
-from yunque.models.placement import loading_options, share_embedding, weights_left_whole
+from yunque.models.placement import check_adapter, loading_options, share_embedding, weights_left_whole
 from yunque.models.quantized import (
     dtype_of_the_rest,
     is_quantized,
@@ -105,11 +105,14 @@ def load_model(
         raise InputError(f"model_name_or_path: {name} holds virtual tokens (prompt tuning); give a LoRA adapter")
     model = load_base(adapter["base_model_name_or_path"] if adapter else name, args)
     _check_vocabulary(model, tokenizer, name)
-    if adapter:
-        return _load_adapter(model, name, adapter)
     if new_tokens:
         return _add_virtual_tokens(model, tokenizer, name, prompt)
-    return add_lora(model, args) if args.use_peft else model
+    if adapter:
+        model = _load_adapter(model, name, adapter)
+    elif args.use_peft:
+        model = add_lora(model, args)
+    check_adapter(model)
+    return model
 
 
 def load_base(name: str, args: ModelArguments) -> PreTrainedModel:

@@ -81,7 +81,7 @@ def script(tmp_path: Path, site: Callable[..., Path], programs: Path) -> Callabl
         root: Path = ROOT,
         **more: object,
     ) -> subprocess.CompletedProcess[str]:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "OMP"))}
         environment |= {"PATH": f"{programs}:{environment['PATH']}", "CALLS": str(tmp_path / "calls")}
         environment |= {"SITE_ENV": str(site(**(settings or {})))}
         if job is not None:

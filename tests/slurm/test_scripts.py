@@ -323,7 +323,7 @@ def test_launchers_outlive_the_signals_that_their_ranks_answer(script, python):
 
 def test_threads_are_the_task_s_cores_shared_by_its_processes(script, python):
     settings = {"PYTHON": python("echo cpus $SRUN_CPUS_PER_TASK"), "PROCESSES_PER_NODE": 2}
-    done = script("launch.sh", RECIPE, job=7, settings=settings, SLURM_CPUS_PER_TASK=12, OMP_NUM_THREADS=None)
+    done = script("launch.sh", RECIPE, job=7, settings=settings, SLURM_CPUS_PER_TASK=12)
     assert "node 0 6\ncpus 12" in done.stdout
 
 

@@ -9,12 +9,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from yunque import __version__, errors
-<<<<<<< HEAD
-from yunque.cli import data
-from yunque.cli.doctor import doctor
-=======
 from yunque.cli import data, rehearse
->>>>>>> h/ckpt
+from yunque.cli.doctor import doctor
 from yunque.cli.show import show
 
 # Typer keeps click's exceptions to itself in its newer versions; this is click's UsageError in all of them.

@@ -66,6 +66,8 @@ class Cluster:
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Cluster:
+        if missing := missing_programs():
+            raise RuntimeError(f"{', '.join(missing)}: not found; apt-get install slurmctld slurmd slurm-client munge")
         self.folder.chmod(0o755)
         (self.folder / "state").mkdir()
         key = self.folder / "munge.key"
@@ -186,8 +188,6 @@ def _wait_for(condition, timeout_s: float) -> bool:
 
 
 if __name__ == "__main__":
-    if missing := missing_programs():
-        sys.exit(f"slurm_cluster: {', '.join(missing)} not found; apt-get install slurmctld slurmd slurm-client munge")
     with Cluster() as cluster:
         code = subprocess.run(sys.argv[1:], env=cluster.environment, check=False).returncode
     sys.exit(code)

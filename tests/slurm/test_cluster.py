@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +19,11 @@ import tiny
 
 from yunque.artifacts import sha256_file, verify
 
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.skipif(bool(slurm_cluster.missing_programs()), reason="Slurm is not installed; .ci/run installs it"),
-]
+pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-TIMEOUT_S = 600
+TIMEOUT_S = 900
 POLL_S = 0.2
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 TIMING = ("train_wall_s", "train_cpu_s")
@@ -159,6 +159,44 @@ def test_a_run_that_is_stopped_and_requeued_ends_as_an_undisturbed_one(cluster, 
     for start in range(3):
         nodes = {path.name for path in (tmp_path / "logs" / f"finetune-{number}" / f"start-{start}").glob("node-*")}
         assert nodes == {"node-0", "node-1"}
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """Process ids of the ranks that write to ``folder``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode().split("\0")
+        except OSError:
+            continue  # gone
+        if str(folder) in words and "yunque.distributed.rehearsal" in words and "--config_file" not in words:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_five_faults_lose_nothing(cluster, submit, ended, arguments, tmp_path):
+    calm, hit = tmp_path / "calm", tmp_path / "hit"
+    settings = {"REQUEUE_ON_FAILURE": "yes"}
+    assert ended(submit("finetune", *arguments(calm)))["JobState"] == "COMPLETED", output(tmp_path)
+    number = submit("finetune", *arguments(hit), settings=settings)
+
+    def lose_node() -> None:
+        cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+        cluster.run("scontrol", "update", "nodename=n2", "state=resume")
+
+    def kill_rank() -> None:
+        ranks = ranks_of(hit)
+        assert len(ranks) == 2
+        os.kill(ranks[-1], signal.SIGKILL)
+
+    stop = partial(cluster.run, "scancel", "--batch", "--signal=USR1", number)
+    faults = Faults(hit, [kill_rank, stop, lose_node, partial(cluster.run, "scontrol", "requeue", number), kill_rank])
+    job = ended(number, faults)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "5"), output(tmp_path)
+    assert outcome(hit) == outcome(calm)
+    for start, step in enumerate(faults.hit_at):
+        assert faults.lowest[start + 1] >= step // SAVE_STEPS * SAVE_STEPS
 
 
 # --- what Slurm does to a job, with a stand-in for Python: the launcher's part is real ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -328,6 +329,25 @@ def test_threads_are_the_task_s_cores_shared_by_its_processes(script, python):
 
 
 # --- the scripts themselves ---
+
+
+def _written_commands():
+    """Command lines of submit.sh that the guide and the scripts' headers give."""
+    files = [ROOT / "docs" / "slurm.md", *sorted((ROOT / "slurm").glob("*.s*"))]
+    lines = [line for path in files for line in path.read_text().splitlines()]
+    found = (re.match(r"(?:#  |    )? *(?:python \S+ )?slurm/submit.sh ([^\[#]+)(#.*)?$", line) for line in lines)
+    return [match[1].strip() for match in found if match]
+
+
+def test_commands_of_the_guide_and_the_headers_are_valid(script):
+    commands = _written_commands()
+    assert len(commands) >= 8
+    for command in commands:
+        done = script("submit.sh", "--dry-run", *shlex.split(command), settings={"PROFILE": "ddp"})
+        if " compress " in command and not (ROOT / "compress").is_dir():
+            assert "no such script" in done.stderr
+        else:
+            assert done.returncode == 0, (command, done.stderr)
 
 
 def test_shellcheck_finds_nothing():

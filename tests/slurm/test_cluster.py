@@ -174,29 +174,42 @@ def ranks_of(folder: Path) -> list[int]:
     return found
 
 
+def kill_rank(folder: Path) -> None:
+    ranks = ranks_of(folder)
+    assert len(ranks) == 2
+    os.kill(ranks[-1], signal.SIGKILL)
+
+
 @pytest.mark.slow
 def test_five_faults_lose_nothing(cluster, submit, ended, arguments, tmp_path):
     calm, hit = tmp_path / "calm", tmp_path / "hit"
-    settings = {"REQUEUE_ON_FAILURE": "yes"}
     assert ended(submit("finetune", *arguments(calm)))["JobState"] == "COMPLETED", output(tmp_path)
-    number = submit("finetune", *arguments(hit), settings=settings)
+    number = submit("finetune", *arguments(hit), settings={"REQUEUE_ON_FAILURE": "yes"})
 
     def lose_node() -> None:
         cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
         cluster.run("scontrol", "update", "nodename=n2", "state=resume")
 
-    def kill_rank() -> None:
-        ranks = ranks_of(hit)
-        assert len(ranks) == 2
-        os.kill(ranks[-1], signal.SIGKILL)
-
     stop = partial(cluster.run, "scancel", "--batch", "--signal=USR1", number)
-    faults = Faults(hit, [kill_rank, stop, lose_node, partial(cluster.run, "scontrol", "requeue", number), kill_rank])
+    requeue = partial(cluster.run, "scontrol", "requeue", number)
+    faults = Faults(hit, [partial(kill_rank, hit), stop, lose_node, requeue, partial(kill_rank, hit)])
     job = ended(number, faults)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "5"), output(tmp_path)
     assert outcome(hit) == outcome(calm)
     for start, step in enumerate(faults.hit_at):
         assert faults.lowest[start + 1] >= step // SAVE_STEPS * SAVE_STEPS
+
+
+@pytest.mark.slow
+def test_torchrun_starts_dead_ranks_again_inside_the_job(submit, ended, arguments, tmp_path):
+    calm, hit = tmp_path / "calm", tmp_path / "hit"
+    assert ended(submit("finetune", *arguments(calm)))["JobState"] == "COMPLETED", output(tmp_path)
+    number = submit("finetune", *arguments(hit), settings={"MAX_RESTARTS": 1})
+    faults = Faults(hit, [partial(kill_rank, hit)])
+    job = ended(number, faults)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), output(tmp_path)
+    assert len(faults.hit_at) == 1
+    assert outcome(hit) == outcome(calm)
 
 
 # --- what Slurm does to a job, with a stand-in for Python: the launcher's part is real ---

@@ -18,7 +18,7 @@ trap '' USR1 TERM
 export PET_SIGNALS_TO_HANDLE=SIGINT # torchrun would otherwise end its ranks at the first SIGTERM
 
 command=("$PYTHON" -m yunque.distributed.launch --machine_rank "$SLURM_NODEID"
-  --log_dir "$RANK_LOGS/node-$SLURM_NODEID" --tee 3 "$@")
+  --rdzv_conf "is_host=$((SLURM_NODEID == 0))" --log_dir "$RANK_LOGS/node-$SLURM_NODEID" --tee 3 "$@")
 if [[ -n ${DRY_RUN:-} ]]; then
   printf 'node %s:' "$SLURM_NODEID"
   printf ' %q' "${command[@]}"

@@ -27,7 +27,7 @@ CELLS = {
     "zero2": MATRIX,
     "zero3": (*MATRIX, "llama-prompt"),
     "tp": ("llama-full", "trained-adapter"),
-    "zero1": ("t5-full", "llama-lora"),
+    "zero1": ("t5-full", "llama-lora", "llama-qlora"),
     "zero3_offload": ("t5-full",),
     "fsdp2_tp": ("llama-full",),
 }
@@ -37,8 +37,12 @@ HYBRID = (*HYBRID, "--parallelism_config_dp_replicate_size", "2", "--parallelism
 SHARE = 0.55
 """Of one rank's bytes that each of two may hold: a half, and what does not divide."""
 
-NORM_TOLERANCE = 0.03
-"""Of the first gradient's norm: bfloat16 rounds each number by up to 0.4 %, activations and gradients several times."""
+NORM_TOLERANCE = {"full": 0.03, "lora": 0.03, "qlora": 0.03, "adapter": 0.03, "prompt": 0.2}
+"""Of the first gradient's norm: bfloat16 rounds each number by up to 0.4 %, activations and gradients several times.
+
+The virtual tokens' gradient has come through all layers, whose residual sums FSDP2 and ZeRO keep in bfloat16 and DDP's
+autocast in float32: both engines agree on it to 0.001 and differ from DDP by 0.15.
+"""
 
 WEIGHT_TOLERANCE = 0.35
 """Distance of trained weights from one rank's, relative to the way they went.
@@ -113,7 +117,8 @@ def assert_as_one(two, one_rank, models, cells):
         for record in records:
             losses, wanted = record[cell]["losses"], expected[cell]["losses"]
             assert largest_difference(losses, wanted) <= TOLERANCE["bf16"], (cell, losses, wanted)
-            assert record[cell]["norms"][0] == pytest.approx(expected[cell]["norms"][0], rel=NORM_TOLERANCE), cell
+            tolerance = NORM_TOLERANCE[cell.split("-")[1]]
+            assert record[cell]["norms"][0] == pytest.approx(expected[cell]["norms"][0], rel=tolerance), cell
         weights, wanted = weights_of(results / cell), weights_of(expected_results / cell)
         assert {name: weight.shape for name, weight in weights.items()} == {
             name: weight.shape for name, weight in wanted.items()

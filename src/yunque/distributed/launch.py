@@ -7,6 +7,7 @@ SLURM requeues a job by that code. All options are accelerate's own.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,8 +20,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    args = launch_command_parser().parse_args(argv)
+    if args.max_restarts:
+        # Ranks that start again need a store of their own: in the agent's they may find addresses of dead ranks.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        args.rdzv_backend = "c10d"  # the only one that then also finds a free port
     try:
-        launch_command(launch_command_parser().parse_args(argv))
+        launch_command(args)
     except ChildFailedError as error:  # of torchrun, which has logged which rank and where
         code = error.get_first_failure()[1].exitcode
     except subprocess.CalledProcessError as error:  # of one process, started without torchrun

@@ -32,12 +32,8 @@ _ALL_WEIGHTS: tuple[Weights, ...] = ("full", "lora", "qlora", "prompt_tuning")
 REFUSALS = (
     Refusal(_ZERO3, _ALL_TASKS, ("qlora",), "ZeRO-3 cannot split nf4 weights; take fsdp2"),
     Refusal(_TENSOR_PARALLEL, _ALL_TASKS, ("qlora",), "nf4 layers have no tensor parallelism; take fsdp2"),
-    Refusal(
-        _TENSOR_PARALLEL, _ALL_TASKS, ("prompt_tuning",), "virtual tokens have no plan to split them; take fsdp2"
-    ),
-    Refusal(
-        _TENSOR_PARALLEL, ("reward",), _ALL_WEIGHTS, "classification heads have no plan to split them; take fsdp2"
-    ),
+    Refusal(_TENSOR_PARALLEL, _ALL_TASKS, ("prompt_tuning",), "virtual tokens have no plan to split them; take fsdp2"),
+    Refusal(_TENSOR_PARALLEL, ("reward",), _ALL_WEIGHTS, "classification heads have no plan to split them; take fsdp2"),
     Refusal(PROFILES[1:], ("data",), _ALL_WEIGHTS, "makes data in one process; start it with python"),
 )
 """Beside these, tensor parallelism wants an architecture with a plan: T5 and GPT-2 have none (models.placement)."""

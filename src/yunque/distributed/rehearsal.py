@@ -46,7 +46,8 @@ def main() -> None:
         if clean:  # gloo's threads would otherwise now and then abort a rank as it exits
             import torch
 
-            torch.distributed.destroy_process_group()
+            if torch.distributed.is_initialized():  # Accelerate's end_training does the same
+                torch.distributed.destroy_process_group()
 
 
 def stand_in_for_gpus() -> None:
@@ -147,8 +148,8 @@ def _drop_dropout() -> None:
     def without(*args: Any, **options: Any) -> Any:
         return attention(*args, **options | {"dropout_p": 0.0})
 
-    functional.dropout = lambda input, *args, **options: input
-    functional.scaled_dot_product_attention = without
+    functional.dropout = lambda input, *args, **options: input  # type: ignore[assignment]
+    functional.scaled_dot_product_attention = without  # type: ignore[method-assign]
 
 
 def _fold_batches(ranks: int) -> None:

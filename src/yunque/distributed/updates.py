@@ -21,7 +21,9 @@ class Updates:
     this rank forwards: ranks that hold parts of one model, by tensor parallelism, forward the same rows.
     """
 
-    def __init__(self, accelerator: Accelerator, module: nn.Module, optimizer: Any, max_grad_norm: float | None) -> None:
+    def __init__(
+        self, accelerator: Accelerator, module: nn.Module, optimizer: Any, max_grad_norm: float | None
+    ) -> None:
         self.accelerator, self.optimizer, self.max_grad_norm = accelerator, optimizer, max_grad_norm
         self.module: Any = module
         parallelism = accelerator.parallelism_config

@@ -107,12 +107,9 @@ def load_model(
     _check_vocabulary(model, tokenizer, name)
     if new_tokens:
         return _add_virtual_tokens(model, tokenizer, name, prompt)
-    if adapter:
-        model = _load_adapter(model, name, adapter)
-    elif args.use_peft:
-        model = add_lora(model, args)
-    check_adapter(model)
-    return model
+    trained = _load_adapter(model, name, adapter) if adapter else add_lora(model, args) if args.use_peft else model
+    check_adapter(trained)
+    return trained
 
 
 def load_base(name: str, args: ModelArguments) -> PreTrainedModel:
@@ -237,7 +234,7 @@ def _answering_for_virtual_tokens(model: PeftModel, weights: dict[str, Tensor] |
         yield
         return
     (tokens,) = weights.values()
-    model.get_prompt_embedding_to_save = lambda adapter_name: tokens
+    model.get_prompt_embedding_to_save = lambda adapter_name: tokens  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -246,7 +243,7 @@ def _answering_for_virtual_tokens(model: PeftModel, weights: dict[str, Tensor] |
 
 def _with_weights(model: PeftModel, weights: dict[str, Tensor]) -> PeftModel:
     """A model on the CPU with the base of ``model``, read once more, under its adapter's ``weights``."""
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     again = type(base).from_pretrained(
         base.name_or_path, config=base.config, dtype=base.dtype, ignore_mismatched_sizes=True
     )

@@ -408,7 +408,9 @@ class PPOTrainer:
 
 def _adam(policy: Policy, config: PPOConfig) -> torch.optim.Optimizer:
     """Adam over all that trains, with a learning rate of its own for the value head."""
-    trained: dict[type, list[nn.Parameter]] = {}  # Adam's fused loops take weights of one kind, not split and whole ones
+    trained: dict[
+        type, list[nn.Parameter]
+    ] = {}  # Adam's fused loops take weights of one kind, not split and whole ones
     for parameter in policy.model.parameters():
         if parameter.requires_grad:
             trained.setdefault(type(parameter), []).append(parameter)

@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow lint
+.PHONY: setup demo test test-slow test-slurm lint
 
 setup: $(READY)
 
@@ -25,6 +25,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu and not slurm and not network"
+
+# On a Slurm of two virtual nodes that the tests start: needs slurmctld, slurmd, slurm-client and munge (.ci/run)
+test-slurm: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
 
 lint: setup
 	$(BIN)/ruff check

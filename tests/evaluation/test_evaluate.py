@@ -89,6 +89,32 @@ def test_every_kind_of_folder_is_answered_as_it_is(evaluate, kinds, tmp_path):
     assert alike >= 3, "int8 is a rounding of the same model"
 
 
+@pytest.mark.parametrize(("torch_kind", "onnx_kind"), [("t5", "onnx"), ("llama", "onnx_llama")])
+def test_an_onnx_folder_is_answered_and_scored_as_its_torch_folder(evaluate, kinds, tmp_path, torch_kind, onnx_kind):
+    both = {}
+    for kind in (torch_kind, onnx_kind):
+        done = evaluate(kind, tmp_path / kind, toxicity_model_name_or_path=kinds.classifier)
+        assert done.code == 0, done.errors
+        both[kind] = generations(done.folder)
+    for ours, theirs in zip(both[onnx_kind], both[torch_kind], strict=True):
+        for name in ("id", "prompt", "answer", "tokens", "finished"):
+            assert ours[name] == theirs[name]
+        assert ours["scores"] == pytest.approx(theirs["scores"], rel=1e-4, abs=1e-6)
+    found = result(tmp_path / onnx_kind)["model"]
+    assert found["kind"] == "onnx"
+    assert found["bytes"] > found["weights_bytes"] > 10_000
+    # sampling: of its own random numbers, but of the same ones in any batch
+    sampled = []
+    for size in (1, 8):
+        done = evaluate(
+            onnx_kind, tmp_path / f"{onnx_kind}{size}", temperature=[0.9], top_k=[20], max_test_samples=8,
+            per_device_eval_batch_size=size, latency_prompts=0,
+        )  # fmt: skip
+        assert done.code == 0, done.errors
+        sampled.append([row["answer"] for row in generations(done.folder)])
+    assert sampled[0] == sampled[1] != [row["answer"] for row in both[onnx_kind]][:8]
+
+
 def test_any_file_with_the_columns_does_and_references_may_be_missing(evaluate, tmp_path):
     path = tmp_path / "some.csv"
     path.write_text('question,answer\n"w9 w10",w11\nw12,\n" ",w9\nw13,w14 w15\n')
@@ -313,6 +339,8 @@ def test_a_finished_evaluation_is_kept_continued_or_replaced(evaluate, tmp_path)
         ("t5", {"dola_layers": "high"}, "dola_layers"),
         ("virtual", {"temperature": [0.7]}, "virtual tokens"),
         ("nf4", {"load_in_4bit": True}, "stored as nf4 already"),
+        ("onnx", {"dola_layers": "low"}, "no logits of inner layers"),
+        ("onnx", {"load_in_4bit": True}, "ONNX folder runs as it is stored"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(evaluate, kinds, folder, given, words):

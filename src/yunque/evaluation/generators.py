@@ -19,8 +19,6 @@ from yunque.models.policy import has_plain_head, score_tokens
 from yunque.models.quantized import weight_bytes
 from yunque.rl.rollout import generate
 
-ONNX = "onnx"
-
 
 class Answer(NamedTuple):
     """Token ids of an answer without its end token, and whether it reached one."""
@@ -80,8 +78,12 @@ def load_generator(args: ModelArguments, device: torch.device) -> Generator:
     """Load the model folder ``args.model_name_or_path`` of whatever kind.
 
     Raises:
-        InputError: as ``load_for_inference``; an ONNX folder.
+        InputError: as ``load_for_inference``; an ONNX folder that the runtime cannot read.
     """
+    from yunque.evaluation.onnx_generator import OnnxGenerator, is_onnx
+
+    if is_onnx(str(args.model_name_or_path)):
+        return OnnxGenerator(args)
     return TorchGenerator(load_for_inference(args), str(args.model_name_or_path), device)
 
 

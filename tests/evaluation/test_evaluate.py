@@ -12,6 +12,9 @@ import torch
 from evaluating import generations, options, result, start
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from yunque.errors import InputError
+from yunque.evaluation.judging import ToxicityJudge
+
 JUDGED = {"toxicity_label": "hate", "per_device_eval_batch_size": 4}
 
 
@@ -47,6 +50,27 @@ def test_answers_and_scores_are_the_model_s_and_the_classifier_s(evaluate, kinds
     counts = [len(row["reference"].split()) for row in rows]
     nats = sum(count * row["scores"]["nll"] for count, row in zip(counts, rows, strict=True))
     assert metrics["perplexity"] == pytest.approx(math.exp(nats / sum(counts)))
+
+
+def test_a_judge_may_be_onnx_or_have_labels_of_their_own(kinds, tmp_path):
+    texts = ["w9 w10 w11", "", "w20 w21"]
+    judged = {}
+    for name in ("classifier", "onnx_classifier"):
+        judge = ToxicityJudge(str(getattr(kinds, name)), "hate")
+        judge.load(torch.device("cpu"))
+        judged[name] = judge.toxicity(texts)
+    assert math.isnan(judged["classifier"][1])
+    assert judged["onnx_classifier"] == pytest.approx(judged["classifier"], rel=1e-5, nan_ok=True)
+
+    multi = tmp_path / "multi"
+    tiny.roberta(("toxic", "threat"), problem_type="multi_label_classification").save_pretrained(multi)
+    tiny.tokenizer().save_pretrained(multi)
+    judge = ToxicityJudge(str(multi), "threat")
+    judge.load(torch.device("cpu"))
+    logits = judge.scorer.logits(["w9 w10"])[0]
+    assert judge.toxicity(["w9 w10"]) == [pytest.approx(1 / (1 + math.exp(-logits[1])))]
+    with pytest.raises(InputError, match="is a language model; give a classifier"):
+        ToxicityJudge(str(kinds.onnx), "hate")
 
 
 def test_evaluation_json_says_what_was_done(evaluate, kinds):
@@ -215,6 +239,16 @@ def test_self_consistency_scores_the_answer_of_the_majority(evaluate, tmp_path):
                for row in generations(done.folder))  # fmt: skip
 
 
+def test_dola_answers_otherwise(evaluate, tmp_path):
+    given = {"max_test_samples": 6, "latency_prompts": 0}
+    done = evaluate("llama", dola_layers="high", **given)
+    assert done.code == 0, done.errors
+    assert result(done.folder)["decoding"]["method"] == "dola_greedy"
+    plain = evaluate("llama", tmp_path / "plain", **given)
+    assert [row["answer"] for row in generations(done.folder)] != [row["answer"] for row in generations(plain.folder)]
+    assert result(done.folder)["metrics"]["nll"] == result(plain.folder)["metrics"]["nll"]
+
+
 # --- ranks, kills, resumption -----------------------------------------------------------------------------------------
 
 
@@ -336,7 +370,9 @@ def test_a_finished_evaluation_is_kept_continued_or_replaced(evaluate, tmp_path)
         ("t5", {"temperature": [-1]}, "temperature: -1.0 is negative"),
         ("t5", {"format_pattern": "("}, "format_pattern: '(' is no regular expression"),
         ("t5", {"nonsense": 1}, "--nonsense"),
-        ("t5", {"dola_layers": "high"}, "dola_layers"),
+        ("t5", {"dola_layers": "high"}, "t5 is an encoder-decoder"),
+        ("llama", {"dola_layers": "1,2"}, "dola_layers: '1,2' is unknown"),
+        ("virtual", {"dola_layers": "low"}, "virtual tokens"),
         ("virtual", {"temperature": [0.7]}, "virtual tokens"),
         ("nf4", {"load_in_4bit": True}, "stored as nf4 already"),
         ("onnx", {"dola_layers": "low"}, "no logits of inner layers"),

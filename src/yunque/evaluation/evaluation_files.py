@@ -126,7 +126,7 @@ def finish(
         InputError: as ``score``.
     """
     metrics, notes = score(rows, work.checks)
-    if work.judge is not None and work.judge.scorer is not None and work.judge.scorer.truncated_texts:
+    if work.judge is not None and work.judge.truncated_texts:
         notes.append("toxicity: some answers were longer than the classifier reads; their ends were judged")
     if work.args.reference_loss and any(row.references for row in rows) and "nll" not in metrics:
         notes.append("nll and perplexity are left out: this folder's engine does not give them")

@@ -280,7 +280,7 @@ def test_two_ranks_and_a_kill_leave_the_metrics_of_one_run(evaluate, kinds, tmp_
     given = {"dataset_name": kinds.rows, "prompt_template": "Sum: {text}", "max_new_tokens": 6, **judged}
     folder = tmp_path / "ranks"
     process = start(["evaluate", kinds.t5, *options(**given, output_dir=folder)], ranks=2)
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-3000:]
     assert output.count("written:") == 1
     assert result(folder)["speed"]["num_ranks"] == 2
@@ -289,7 +289,7 @@ def test_two_ranks_and_a_kill_leave_the_metrics_of_one_run(evaluate, kinds, tmp_
 
     killed = tmp_path / "killed"
     process = start(["evaluate", kinds.t5, *options(**given, output_dir=killed)], code=KILLED)
-    assert process.wait(timeout=240) == -signal.SIGKILL
+    assert process.wait(timeout=600) == -signal.SIGKILL
     assert (killed / ".parts" / "answers" / "rank-0000.jsonl").read_bytes().endswith(b'"seco')
     assert not (killed / "evaluation.json").exists()
     refused = evaluate("t5", killed, **judged)

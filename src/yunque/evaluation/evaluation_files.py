@@ -240,13 +240,15 @@ def _fingerprint(name: str) -> str:
 def _speed(work: Work, folder: EvaluationFolder, measured: dict[str, Any]) -> dict[str, Any]:
     """Figures of this machine, which the metrics leave out: they differ from run to run."""
     records = folder.answers.records().values()
-    seconds = sum(record["seconds"] for record in records)
-    tokens = sum(record["new_tokens"] for record in records)
+    seconds, cpu_seconds, tokens = (
+        sum(record[name] for record in records) for name in ("seconds", "cpu_seconds", "new_tokens")
+    )
     latencies = measured["first_token_s"]
     return {
         "generation_s": seconds,
         "new_tokens": tokens,
         "tokens_per_s": tokens / seconds,
+        "tokens_per_cpu_s": tokens / cpu_seconds if cpu_seconds else None,
         "first_token_s": {
             "median": float(np.median(latencies)),
             "p90": float(np.quantile(latencies, 0.9)),

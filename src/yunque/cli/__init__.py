@@ -12,6 +12,8 @@ from yunque import __version__, errors
 from yunque.cli import data, rehearse
 from yunque.cli.plan import plan
 from yunque.cli.doctor import doctor
+from yunque.cli import data
+from yunque.cli.evaluate import SETTINGS, evaluate
 from yunque.cli.show import show
 
 # Typer keeps click's exceptions to itself in its newer versions; this is click's UsageError in all of them.
@@ -23,6 +25,7 @@ app.command()(plan)
 app.command()(doctor)
 app.add_typer(data.app, name="data")
 app.command(context_settings=rehearse.CONTEXT)(rehearse.rehearse)
+app.command(context_settings=SETTINGS)(evaluate)
 
 
 def main() -> NoReturn:

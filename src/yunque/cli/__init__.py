@@ -10,6 +10,7 @@ import typer
 
 from yunque import __version__, errors
 from yunque.cli import data
+from yunque.cli.compare import compare
 from yunque.cli.show import show
 
 # Typer keeps click's exceptions to itself in its newer versions; this is click's UsageError in all of them.
@@ -17,6 +18,7 @@ _UsageError = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(add_completion=False, help="From fine-tuning through alignment to a compressed model in production.")
 app.command()(show)
+app.command()(compare)
 app.add_typer(data.app, name="data")
 
 

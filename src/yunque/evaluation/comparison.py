@@ -1,0 +1,281 @@
+"""Models compared on the same prompts: every metric's paired difference to the first model, gates, changed answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from yunque.errors import InputError
+from yunque.evaluation.evaluations import Evaluation, align
+from yunque.evaluation.gates import Gate, Verdict, check_gates, judge
+from yunque.evaluation.scores import in_order, score_kind
+from yunque.metrics.paired import Difference, mean_intervals, paired_differences
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMA = 1
+_CELL_CHARS = 110  # of a text in a printed table
+
+
+@dataclass(frozen=True)
+class Options:
+    """How intervals are made; ``rank_by`` is the metric whose change orders the answers."""
+
+    resamples: int = 10_000
+    confidence: float = 0.95
+    seed: int = 0
+    rank_by: str | None = None
+    same_prompts: bool = True
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model against the baseline: differences by metric, verdicts by gate, rows by change (largest first)."""
+
+    evaluation: Evaluation
+    differences: dict[str, Difference]
+    verdicts: list[Verdict]
+    rank_by: str
+    changed: list[int]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The baseline, the candidates, aligned to its rows, and what a reader should know."""
+
+    baseline: Evaluation
+    candidates: list[Candidate]
+    base: Evaluation | None
+    options: Options
+    notes: list[str]
+
+    @property
+    def verdicts(self) -> list[tuple[Candidate, Verdict]]:
+        """Of all candidates, in order."""
+        return [(candidate, verdict) for candidate in self.candidates for verdict in candidate.verdicts]
+
+    def not_proved(self) -> list[str]:
+        """The gates that have not passed, a few words each."""
+        return [
+            f"{each.evaluation.name} {verdict.gate.text} ({verdict.status})"
+            for each, verdict in self.verdicts
+            if verdict.status != "passed"
+        ]
+
+
+def compare(
+    baseline: Evaluation,
+    candidates: Sequence[Evaluation],
+    *,
+    gates: Sequence[Gate] = (),
+    base: Evaluation | None = None,
+    options: Options | None = None,
+) -> Comparison:
+    """Compare each candidate with the baseline, whose rows all of them must have.
+
+    ``base`` is the model before alignment, for gates on recovery.
+
+    Raises:
+        InputError: no candidate, other rows or prompts, no common metric, a gate that cannot be judged.
+    """
+    options = options or Options()
+    if not candidates:
+        raise InputError("compare: give at least two evaluations")
+    if base is not None:
+        base = align(baseline, base, same_prompts=options.same_prompts)
+    compared = [_candidate(baseline, each, gates, base, options) for each in candidates]
+    notes = [note for each in (baseline, *(one.evaluation for one in compared)) for note in _notes(each)]
+    notes += [note for each in compared for note in _pair_notes(baseline, each)]
+    return Comparison(baseline, compared, base, options, notes)
+
+
+def _candidate(
+    baseline: Evaluation, candidate: Evaluation, gates: Sequence[Gate], base: Evaluation | None, options: Options
+) -> Candidate:
+    candidate = align(baseline, candidate, same_prompts=options.same_prompts)
+    gaps = {name: candidate.scores[name] - baseline.scores[name] for name in in_order(_common(baseline, candidate))}
+    gaps = {name: values for name, values in gaps.items() if not np.isnan(values).all()}
+    if not gaps:
+        raise InputError(f"{candidate.name} and {baseline.name} have no metric in common; evaluate both alike")
+    check_gates(gates, baseline, candidate, base)
+    settings = {"resamples": options.resamples, "confidence": options.confidence, "seed": options.seed}
+    differences = paired_differences(gaps, **settings)  # type: ignore[arg-type]
+    intervals = {name: one.interval for name, one in differences.items()}
+    verdicts = [judge(gate, baseline, candidate, base, intervals, **settings) for gate in gates]  # type: ignore[arg-type]
+    rank_by = options.rank_by or next(iter(gaps))
+    if rank_by not in gaps:
+        raise InputError(f"--rank_by {rank_by}: there is no such metric; there are: {', '.join(gaps)}")
+    size = np.nan_to_num(np.abs(gaps[rank_by]), nan=-1.0)
+    other = np.array([text != theirs for text, theirs in zip(candidate.answers, baseline.answers, strict=True)])
+    changed = [int(row) for row in np.argsort(-size, kind="stable") if other[row]]
+    return Candidate(candidate, differences, verdicts, rank_by, changed)
+
+
+def _common(first: Evaluation, second: Evaluation) -> set[str]:
+    return {name for name in first.scores if name in second.scores}
+
+
+def _notes(evaluation: Evaluation) -> list[str]:
+    notes = [f"{evaluation.name}: {note}" for note in evaluation.settings.get("notes") or ()]
+    empty = sum(not answer.strip() for answer in evaluation.answers)
+    if empty:
+        notes.append(f"{evaluation.name}: {empty:,} of {len(evaluation.answers):,} answers are empty")
+    if evaluation.changed_since():
+        notes.append(f"{evaluation.name}: the model folder has changed since it was evaluated; evaluate it again")
+    return notes
+
+
+def _pair_notes(baseline: Evaluation, candidate: Candidate) -> list[str]:
+    ours, notes = candidate.evaluation, []
+    for name in in_order(set(baseline.scores) ^ set(ours.scores)):
+        has = baseline.name if name in baseline.scores else ours.name
+        notes.append(f"{name} was measured of {has} only and is left out of {baseline.name} against {ours.name}")
+    first, second = (each.settings.get("decoding") for each in (baseline, ours))
+    if first != second:
+        notes.append(f"{ours.name} was decoded with other settings than {baseline.name}: the differences hold both")
+    if not candidate.changed:
+        notes.append(f"{ours.name} gave the same answers as {baseline.name} to all {len(ours.ids):,} prompts")
+    return notes
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """The comparison for a machine; unknown ends of intervals are null."""
+    options = comparison.options
+    return {
+        "schema": SCHEMA,
+        "passed": not comparison.not_proved() if comparison.verdicts else None,
+        "settings": {"resamples": options.resamples, "confidence": options.confidence, "seed": options.seed},
+        "num_pairs": len(comparison.baseline.ids),
+        "baseline": _model_json(comparison.baseline),
+        "base": _model_json(comparison.base) if comparison.base else None,
+        "candidates": [_candidate_json(comparison.baseline, each) for each in comparison.candidates],
+        "notes": comparison.notes,
+    }
+
+
+def _model_json(evaluation: Evaluation) -> dict[str, Any]:
+    means = {name: float(np.nanmean(evaluation.scores[name])) for name in in_order(set(evaluation.scores))}
+    return {
+        "name": evaluation.name,
+        "evaluation": str(evaluation.folder),
+        "model": evaluation.settings["model"],
+        "means": means,
+        "speed": evaluation.settings.get("speed"),
+    }
+
+
+def _candidate_json(baseline: Evaluation, candidate: Candidate) -> dict[str, Any]:
+    ours = candidate.evaluation
+    metrics = {}
+    for name, one in candidate.differences.items():
+        valid = ~np.isnan(ours.scores[name] - baseline.scores[name])
+        metrics[name] = {
+            "unit": score_kind(name).unit,
+            "better": score_kind(name).better,
+            "num_pairs": one.num_pairs,
+            "baseline": float(baseline.scores[name][valid].mean()),
+            "candidate": float(ours.scores[name][valid].mean()),
+            "difference": one.interval.as_dict(),
+            "std": one.std if math.isfinite(one.std) else None,
+            "p_value": one.p_value,
+            "wins": one.wins,
+            "ties": one.ties,
+            "losses": one.losses,
+            "win_rate": one.win_rate.as_dict(),
+            "effect_size": one.effect_size,
+            "needed_pairs": one.needed_pairs,
+        }
+    gates = [verdict.as_dict() for verdict in candidate.verdicts]
+    return {**_model_json(ours), "metrics": metrics, "gates": gates, "changed_answers": len(candidate.changed)}
+
+
+def better_wins(name: str, one: Difference) -> tuple[int, int, int]:
+    """Pairs won, tied and lost by the candidate, where lower scores may be the better ones."""
+    if score_kind(name).better == "lower":
+        return one.losses, one.ties, one.wins
+    return one.wins, one.ties, one.losses
+
+
+def print_comparison(console: Console, comparison: Comparison, rows: int = 5) -> None:
+    """Print a table per candidate, its ``rows`` most changed answers, its gates, and the notes."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    baseline, percent = comparison.baseline, f"{comparison.options.confidence:.0%}".replace("%", " %")
+    for candidate in comparison.candidates:
+        ours = candidate.evaluation
+        table = Table(title=f"{ours.name} against {baseline.name}: {len(ours.ids):,} pairs", box=box.SIMPLE_HEAD)
+        table.add_column("Metric", no_wrap=True)
+        headers = (baseline.name, ours.name, f"Difference [{percent}]", "p", "Won/tied/lost", "Effect", "Needed")
+        for header in headers:
+            table.add_column(Text(header), justify="right", no_wrap=True)
+        for name, values in table_rows(baseline, candidate).items():
+            table.add_row(Text(name), *values)
+        console.print(table)
+        if rows > 0 and candidate.changed:
+            console.print(_changed_table(baseline, candidate, rows))
+        for verdict in candidate.verdicts:
+            console.print(Text(f"gate {verdict}"), soft_wrap=True)
+    for note in comparison.notes:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
+
+
+def table_rows(baseline: Evaluation, candidate: Candidate) -> dict[str, list[str]]:
+    """The cells of each metric's row, as terminal and page show them."""
+    rows = {}
+    for name, one in candidate.differences.items():
+        kind = score_kind(name)
+        valid = ~np.isnan(candidate.evaluation.scores[name] - baseline.scores[name])
+        arrow = {"lower": " ↓", "higher": " ↑", None: ""}[kind.better]
+        rows[f"{kind.label}{arrow}"] = [
+            kind.show(baseline.scores[name][valid].mean()),
+            kind.show(candidate.evaluation.scores[name][valid].mean()),
+            show_interval(name, one),
+            f"{one.p_value:.4f}",
+            "/".join(map(str, better_wins(name, one))),
+            "-" if one.effect_size is None else f"{one.effect_size:+.2f}",
+            "-" if one.needed_pairs is None else f"{one.needed_pairs:,}",
+        ]
+    return rows
+
+
+def show_interval(name: str, one: Difference) -> str:
+    """+0.012 [-0.003, +0.027]."""
+    kind, interval = score_kind(name), one.interval
+    ends = (kind.show(end, sign=True) if math.isfinite(end) else "?" for end in (interval.low, interval.high))
+    return f"{kind.show(interval.mean, sign=True)} [{', '.join(ends)}]"
+
+
+def _changed_table(baseline: Evaluation, candidate: Candidate, rows: int) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    kind, ours = score_kind(candidate.rank_by), candidate.evaluation
+    title = f"The most changed of {len(candidate.changed):,} changed answers, by {kind.label.lower()}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, leading=1)
+    for header in ("Id", "Prompt", baseline.name, ours.name):
+        table.add_column(Text(header), ratio=None if header == "Id" else 1, overflow="fold")
+    table.add_column(Text(kind.label), justify="right", no_wrap=True)
+    for row in candidate.changed[:rows]:
+        texts = (ours.ids[row], _shorten(ours.prompts[row], end=True), baseline.answers[row], ours.answers[row])
+        values = (each.scores[candidate.rank_by][row] for each in (baseline, ours))
+        shown = "\n→ ".join("-" if math.isnan(value) else kind.show(value) for value in values)
+        table.add_row(*(Text(_shorten(text)) for text in texts), shown)  # Text: brackets in it are not markup
+    return table
+
+
+def _shorten(text: str, end: bool = False) -> str:
+    """``text`` on one line, without control characters, cut with an ellipsis; ``end`` keeps a prompt's last words."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    if len(line) <= _CELL_CHARS:
+        return line
+    return f"…{line[1 - _CELL_CHARS :].lstrip()}" if end else f"{line[: _CELL_CHARS - 1].rstrip()}…"
+
+

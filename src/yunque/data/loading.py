@@ -103,7 +103,7 @@ def load_pair(args: SourceArguments, seed: int, normalise: Normalise, *, togethe
         dropped[test_name] = len(raw_test.rows) - len(test)
         splits = [(raw, train_name, train), (raw_test, test_name, test)]
     limits = (args.max_train_samples, args.max_test_samples)
-    kept = [_sample(rows, limit) for (_, _, rows), limit in zip(splits, limits, strict=True)]
+    kept = [sample_rows(rows, limit) for (_, _, rows), limit in zip(splits, limits, strict=True)]
     sources = [
         {"name": part.name, "split": label, "rows": len(rows), "sha256": part.sha256}
         for (part, label, _), rows in zip(splits, kept, strict=True)
@@ -156,10 +156,18 @@ def find_split(args: SourceArguments, splits: Iterable[str], option: str) -> str
     """
     wanted = getattr(args, option)
     names = list(splits)
-    found = _match_split(wanted, names)
+    found = match_split(wanted, names)
     if found is None:
         raise InputError(f"{option}: '{args.dataset_name}' has no split '{wanted}'; it has {', '.join(sorted(names))}")
     return found
+
+
+def match_split(wanted: str, names: Sequence[str]) -> str | None:
+    """Which of ``names`` is the split ``wanted`` ("validation" and "dev" stand for each other), if any."""
+    if wanted in names:
+        return wanted
+    aliases = VALIDATION_NAMES if wanted in VALIDATION_NAMES else ()
+    return next((alias for alias in aliases if alias in names), None)
 
 
 def read_file(path: Path, name: str, split: str) -> RawSplit:
@@ -235,6 +243,15 @@ def group_columns(args: SourceArguments, raw: RawSplit) -> list[str]:
     return require_column(raw, args.group_column, "group_column", numbered=True)[:1]
 
 
+def sample_rows(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
+    """Draw ``limit`` of ``rows``, the same for every run, in their order; all of them without a limit."""
+    if limit is None or limit >= len(rows):
+        return rows
+    # At random, since files may be sorted by label or topic; in file order, so that a sample reads like its file.
+    chosen = np.random.default_rng(SAMPLE_SEED).permutation(len(rows))[:limit]
+    return [rows[number] for number in np.sort(chosen).tolist()]
+
+
 def _summary_rows(args: DataArguments, raw: RawSplit) -> list[dict[str, Any]]:
     require_column(raw, args.text_column, "text_column")
     targets = require_column(raw, args.target_column, "target_column", numbered=True)
@@ -274,14 +291,7 @@ def _test_split(args: SourceArguments, splits: Iterable[str], train_name: str) -
     names = [name for name in splits if name != train_name]
     if args.test_split is not None:
         return find_split(args, names, "test_split")
-    return _match_split("test", names) or _match_split("validation", names)
-
-
-def _match_split(wanted: str, names: Sequence[str]) -> str | None:
-    if wanted in names:
-        return wanted
-    aliases = VALIDATION_NAMES if wanted in VALIDATION_NAMES else ()
-    return next((alias for alias in aliases if alias in names), None)
+    return match_split("test", names) or match_split("validation", names)
 
 
 def _hold_out(
@@ -302,14 +312,6 @@ def _hold_out(
             test.update(groups[group])
     train = [row for number, row in enumerate(rows) if number not in test]
     return train, [rows[number] for number in sorted(test)]
-
-
-def _sample(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
-    if limit is None or limit >= len(rows):
-        return rows
-    # At random, since files may be sorted by label or topic; in file order, so that a sample reads like its file.
-    chosen = np.random.default_rng(SAMPLE_SEED).permutation(len(rows))[:limit]
-    return [rows[number] for number in np.sort(chosen).tolist()]
 
 
 def _looks_like_path(name: str) -> bool:

@@ -88,6 +88,7 @@ def compare(
         raise InputError("compare: give at least two evaluations")
     if base is not None:
         base = align(baseline, base, same_prompts=options.same_prompts)
+        _check_judges(baseline, base)
     compared = [_candidate(baseline, each, gates, base, options) for each in candidates]
     notes = [note for each in (baseline, *(one.evaluation for one in compared)) for note in _notes(each)]
     notes += [note for each in compared for note in _pair_notes(baseline, each)]
@@ -98,6 +99,7 @@ def _candidate(
     baseline: Evaluation, candidate: Evaluation, gates: Sequence[Gate], base: Evaluation | None, options: Options
 ) -> Candidate:
     candidate = align(baseline, candidate, same_prompts=options.same_prompts)
+    _check_judges(baseline, candidate)
     gaps = {name: candidate.scores[name] - baseline.scores[name] for name in in_order(_common(baseline, candidate))}
     gaps = {name: values for name, values in gaps.items() if not np.isnan(values).all()}
     if not gaps:
@@ -130,13 +132,30 @@ def _notes(evaluation: Evaluation) -> list[str]:
     return notes
 
 
+def _decoding(evaluation: Evaluation) -> dict[str, Any]:
+    return {name: value for name, value in (evaluation.settings.get("decoding") or {}).items() if name != "batch_size"}
+
+
+def _check_judges(first: Evaluation, second: Evaluation) -> None:
+    judges = [each.settings.get("toxicity_model") or {} for each in (first, second)]
+    if "toxicity" not in _common(first, second) or not all(judges):
+        return
+    known = all(judge.get("manifest_sha256") for judge in judges)
+    one, other = ((judge.get("manifest_sha256" if known else "path"), judge.get("label")) for judge in judges)
+    if one != other:
+        names = (f"{judge.get('path')} (label {judge.get('label')})" for judge in judges)
+        raise InputError(
+            f"{second.name} and {first.name} were judged by different classifiers, {' and '.join(names)}; evaluate both"
+            " with the same --toxicity_model_name_or_path and --toxicity_label"
+        )
+
+
 def _pair_notes(baseline: Evaluation, candidate: Candidate) -> list[str]:
     ours, notes = candidate.evaluation, []
     for name in in_order(set(baseline.scores) ^ set(ours.scores)):
         has = baseline.name if name in baseline.scores else ours.name
         notes.append(f"{name} was measured of {has} only and is left out of {baseline.name} against {ours.name}")
-    first, second = (each.settings.get("decoding") for each in (baseline, ours))
-    if first != second:
+    if _decoding(baseline) != _decoding(ours):
         notes.append(f"{ours.name} was decoded with other settings than {baseline.name}: the differences hold both")
     if not candidate.changed:
         notes.append(f"{ours.name} gave the same answers as {baseline.name} to all {len(ours.ids):,} prompts")

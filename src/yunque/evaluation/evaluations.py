@@ -17,6 +17,7 @@ from yunque.evaluation.scores import score_kind
 
 EVALUATION = "evaluation.json"
 GENERATIONS = "generations.jsonl"
+_PARTS = ".parts"  # of an evaluation that is not finished
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _find(folder: Path) -> Path:
             if (place / GENERATIONS).is_file():
                 return place
             raise InputError(f"{place}: holds {EVALUATION} but no {GENERATIONS}; run yunque evaluate again")
-    if (folder / GENERATIONS).is_file():
+    if (folder / _PARTS).is_dir():
         raise InputError(f"{folder}: holds an unfinished evaluation; finish it with yunque evaluate ... --resume")
     model = any((folder / name).is_file() for name in (MANIFEST, "config.json", "adapter_config.json"))
     what = "a model folder without an evaluation" if model else f"holds no {EVALUATION}"

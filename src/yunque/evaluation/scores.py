@@ -45,11 +45,16 @@ _KINDS = {
         _share("exact_match", "Exact match", "higher"),
         _share("f1", "F1 of words", "higher"),
         Score("nll", "Negative log-likelihood", "lower", "nats per token", 0),
-        Score("length", "Length", None, "tokens", 0, digits=1),
+        Score("length", "Length", None, "words", 0, digits=1),
+        Score("tokens", "Tokens", None, "tokens", 0, digits=1),
         _share("repetition", "Repetition", "lower"),
+        _share("distinct_1", "Distinct words", "higher"),
         _share("distinct_2", "Distinct pairs of words", "higher"),
         _share("refusal", "Refusals", "lower"),
+        _share("empty", "Empty answers", "lower"),
+        _share("unfinished", "Cut at the limit", "lower"),
         _share("format", "Format kept", "higher"),
+        _share("agreement", "Agreement of samples", "higher"),
     )
 }
 

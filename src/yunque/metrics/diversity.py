@@ -25,3 +25,8 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     words = (_WORD.findall(text.lower()) for text in texts)
     grams = list(itertools.chain.from_iterable(zip(*(row[skip:] for skip in range(n)), strict=False) for row in words))
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def num_words(text: str) -> int:
+    """Words and punctuation marks of ``text``, as ``distinct_n`` counts them."""
+    return len(_WORD.findall(text))

@@ -1,0 +1,281 @@
+"""Generate-and-score of one model folder: answers to held-out prompts, on any number of ranks, and their scores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.console import Console
+from tqdm.auto import tqdm
+
+from yunque.distributed.checkpoint import StopSignal
+from yunque.errors import InputError, Stopped
+from yunque.evaluation.answers import FIRST_SAMPLE
+from yunque.evaluation.arguments import (
+    DecodingArguments,
+    EvaluatedModelArguments,
+    EvaluationArguments,
+    HeldOutArguments,
+)
+from yunque.evaluation.evaluation_files import EvaluationFolder, finish, show, write_sweep
+from yunque.evaluation.generators import Generator, load_generator
+from yunque.evaluation.judging import ToxicityJudge, embed, judge_of
+from yunque.evaluation.progress import Progress
+from yunque.evaluation.prompting import EvaluationPrompts, prepare, row_share
+from yunque.evaluation.scoring import AnsweredRow
+from yunque.evaluation.settings import Setting, expand
+from yunque.metrics.formats import Check, compile_pattern, json_schema, pattern
+from yunque.metrics.voting import majority, vote_key
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Work:
+    """What the steps of an evaluation share."""
+
+    model: EvaluatedModelArguments
+    data: HeldOutArguments
+    args: EvaluationArguments
+    argv: Sequence[str]
+    accelerator: Accelerator
+    console: Console
+    prompts: EvaluationPrompts
+    batches: list[list[int]]
+    checks: list[Check]
+    judge: ToxicityJudge | None
+    described: dict[str, Any]
+
+
+def evaluate(
+    model: EvaluatedModelArguments,
+    data: HeldOutArguments,
+    decoding: DecodingArguments,
+    args: EvaluationArguments,
+    *,
+    argv: Sequence[str],
+) -> None:
+    """Evaluate ``model`` under every setting of ``decoding``; each leaves evaluation.json and generations.jsonl.
+
+    Raises:
+        InputError: anything that was asked for and cannot be; nothing half-written remains.
+        Stopped: a signal came; finished batches are kept.
+    """
+    settings = expand(decoding)
+    checks = _checks(decoding, args)
+    folders = _folders(settings, args)
+    for folder in folders:
+        folder.check(args, str(model.model_name_or_path))
+    on_gpu = torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no")  # the weights' own precision is what is deployed
+    console = Console(quiet=not accelerator.is_main_process, soft_wrap=True)
+    embed(model, data, args)
+    judge = judge_of(args)
+    generator = load_generator(model.loading(), accelerator.device)
+    for setting in settings:
+        generator.check(setting)
+    prompts = prepare(generator, data, str(model.model_name_or_path), decoding.max_new_tokens)
+    batches = prompts.batches(args.per_device_eval_batch_size)
+    work = Work(model, data, args, argv, accelerator, console, prompts, batches, checks, judge, generator.describe())
+    for setting, folder in zip(settings, folders, strict=True):
+        folder.identify(work, setting)
+    accelerator.wait_for_everyone()
+    todo = [pair for pair in zip(settings, folders, strict=True) if not pair[1].finished]
+    for folder in folders:
+        if folder.finished:
+            console.print(f"{folder.path}: evaluated already")
+    console.print(f"{len(prompts):,} prompts in {len(batches):,} batches; {work.described['kind']} model", markup=False)
+    with StopSignal() as signal:
+        speeds = [_answer(work, setting, folder, generator, signal) for setting, folder in todo]
+        del generator
+        for _, folder in todo:
+            _judge(work, folder, signal)
+    if accelerator.is_main_process:
+        results = [
+            finish(work, setting, folder, _rows(work, setting, folder), speed)
+            for (setting, folder), speed in zip(todo, speeds, strict=True)
+        ]
+        if len(folders) > 1:
+            write_sweep(Path(args.output_dir), settings, folders)
+        for (_, folder), result in zip(todo, results, strict=True):
+            show(console, folder.path, result)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def _checks(decoding: DecodingArguments, args: EvaluationArguments) -> list[Check]:
+    if decoding.vote_pattern is not None:
+        compile_pattern(decoding.vote_pattern, "vote_pattern")
+    checks = [] if args.format_schema is None else [json_schema(args.format_schema)]
+    return checks if args.format_pattern is None else [*checks, pattern(args.format_pattern)]
+
+
+def _folders(settings: Sequence[Setting], args: EvaluationArguments) -> list[EvaluationFolder]:
+    root = Path(args.output_dir)
+    return [EvaluationFolder(root if len(settings) == 1 else root / setting.name) for setting in settings]
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def _answer(
+    work: Work, setting: Setting, folder: EvaluationFolder, generator: Generator, signal: StopSignal
+) -> dict[str, Any]:
+    """Answer the batches that are still to do, and time the first token; what speed and memory came to."""
+
+    def record(number: int) -> Record:
+        return _answered_batch(work, setting, generator, work.batches[number])
+
+    _run_batches(work, folder.answers, record, f"answers {setting.name}", signal)
+    peak = max(gather_object([generator.peak_memory_bytes()]))
+    latencies = _latencies(work, setting, generator) if work.accelerator.is_main_process else []
+    return {"peak_memory_bytes": peak, "first_token_s": latencies}
+
+
+def _answered_batch(work: Work, setting: Setting, generator: Generator, rows: Sequence[int]) -> Record:
+    count, args, prompts = setting.num_samples, work.args, work.prompts
+    expression = None if setting.vote_pattern is None else compile_pattern(setting.vote_pattern, "vote_pattern")
+    queries = [prompts.input_ids[row] for row in rows]
+    begin = time.perf_counter()
+    drawn = [
+        generator.answers(
+            queries,
+            setting,
+            seed=args.seed,
+            samples=[FIRST_SAMPLE + prompts.rows.positions[row] * count + number for row in rows],
+        )
+        for number in range(count)
+    ]
+    seconds = time.perf_counter() - begin
+    texts = [_decoded(generator, [answer.tokens for answer in answers]) for answers in drawn]
+    found: list[Record] = []
+    for place, row in enumerate(rows):
+        samples = [answers[place] for answers in texts]
+        vote = majority([vote_key(text, expression) for text in samples]) if count > 1 else None
+        winner = drawn[0 if vote is None else vote.winner][place]
+        answered: Record = {
+            "row": row,
+            "answer": samples[0 if vote is None else vote.winner],
+            "tokens": len(winner.tokens),
+            "finished": winner.finished,
+        }
+        if vote is not None:
+            answered |= {"samples": samples, "agreement": vote.agreement}
+        found.append(answered)
+    losses = _losses(work, generator, rows) if args.reference_loss else {}
+    for record in found:
+        record |= losses.get(record["row"], {})
+    tokens = sum(len(answer.tokens) + answer.finished for answers in drawn for answer in answers)
+    return {"seconds": seconds, "new_tokens": tokens, "rows": found}
+
+
+def _losses(work: Work, generator: Generator, rows: Sequence[int]) -> dict[int, Record]:
+    known = [row for row in rows if work.prompts.rows.references[row]]
+    if not known:
+        return {}
+    references = [work.prompts.rows.references[row][0] for row in known]
+    losses = generator.reference_losses([work.prompts.input_ids[row] for row in known], references)
+    if losses is None:
+        return {}
+    return {
+        row: {"nats": loss.nats, "reference_tokens": loss.num_tokens, "reference_cut": loss.num_cut}
+        for row, loss in zip(known, losses, strict=True)
+        if loss is not None
+    }
+
+
+def _decoded(generator: Generator, tokens: Sequence[Sequence[int]]) -> list[str]:
+    return [text.strip() for text in generator.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def _latencies(work: Work, setting: Setting, generator: Generator) -> list[float]:
+    """Seconds from a prompt to its first token, one prompt at a time, after one to warm up."""
+    count = min(work.args.latency_prompts, len(work.prompts))
+    if not count:
+        return []
+    first = setting.with_one_token()
+    seconds = []
+    for row in [0, *range(count)]:
+        begin = time.perf_counter()
+        generator.answers([work.prompts.input_ids[row]], first, seed=work.args.seed, samples=[FIRST_SAMPLE + row])
+        seconds.append(time.perf_counter() - begin)
+    return seconds[1:]
+
+
+# --- toxicity ---------------------------------------------------------------------------------------------------------
+
+
+def _judge(work: Work, folder: EvaluationFolder, signal: StopSignal) -> None:
+    """Judge the toxicity of all answers, each batch on the rank whose turn it is."""
+    judge = work.judge
+    if judge is None:
+        return
+    judge.load(work.accelerator.device)
+    answered = folder.answers.records()
+
+    def record(number: int) -> Record:
+        rows = answered[number]["rows"]
+        values = judge.toxicity([row["answer"] for row in rows])
+        return {"rows": [{"row": row["row"], "toxicity": value} for row, value in zip(rows, values, strict=True)]}
+
+    _run_batches(work, folder.toxicity, record, "toxicity", signal)
+
+
+def _run_batches(
+    work: Work, progress: Progress, record: Callable[[int], Record], name: str, signal: StopSignal
+) -> None:
+    """Let every rank do its share of the batches that are not on the disk yet.
+
+    Raises:
+        Stopped: any rank was asked to.
+    """
+    accelerator = work.accelerator
+    if accelerator.is_main_process:
+        progress.begin()
+    accelerator.wait_for_everyone()
+    done = set(progress.records())
+    accelerator.wait_for_everyone()  # before any rank writes what another would take for done
+    share = row_share(work.batches, done, accelerator.process_index, accelerator.num_processes)
+    with progress.writer(accelerator.process_index) as file:
+        for number in _shown(share, name, len(done), accelerator.is_main_process):
+            if signal.noted:
+                break
+            file.append({"batch": number, **record(number)})
+    if signal.agreed(accelerator):
+        count = len(progress.records())
+        raise Stopped(f"{count} of {len(work.batches)} batches are kept in {progress.folder}; go on with --resume")
+
+
+def _shown(share: Sequence[int], name: str, done: int, visible: bool) -> Iterator[int]:
+    return iter(tqdm(share, desc=name, unit="batch", leave=False, disable=not visible, postfix={"done": done}))
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _rows(work: Work, setting: Setting, folder: EvaluationFolder) -> list[AnsweredRow]:
+    """The rows with everything that all ranks found, in the order of the data."""
+    found: dict[int, Record] = {}
+    for progress in (folder.answers, folder.toxicity) if work.judge is not None else (folder.answers,):
+        for record in progress.records().values():
+            for row in record["rows"]:
+                found.setdefault(row["row"], {}).update(row)
+    held_out = work.prompts.rows
+    if missing := len(work.prompts) - len(found):
+        raise InputError(f"output_dir: {folder.path} lacks {missing} answers; is it the same folder on every node?")
+    return [
+        AnsweredRow(
+            position=held_out.positions[row],
+            id=held_out.ids[row],
+            prompt=work.prompts.queries[row],
+            references=held_out.references[row],
+            **{name: value for name, value in found[row].items() if name != "row"},
+        )
+        for row in range(len(work.prompts))
+    ]

@@ -1,0 +1,196 @@
+"""What answers prompts in an evaluation: a torch model of any kind, behind one small interface."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from yunque.errors import InputError
+from yunque.evaluation.settings import Setting
+from yunque.models.adapter import TokenIds, adapter_for
+from yunque.models.arguments import GenerationArguments, ModelArguments
+from yunque.models.decoding import length_batches
+from yunque.models.inference import InferenceModel, load_for_inference, model_bytes
+from yunque.models.policy import has_plain_head, score_tokens
+from yunque.models.quantized import weight_bytes
+from yunque.rl.rollout import generate
+
+ONNX = "onnx"
+
+
+class Answer(NamedTuple):
+    """Token ids of an answer without its end token, and whether it reached one."""
+
+    tokens: list[int]
+    finished: bool
+
+
+class ReferenceLoss(NamedTuple):
+    """Nats of a reference's tokens, their number, and how many more were cut for want of positions."""
+
+    nats: float
+    num_tokens: int
+    num_cut: int
+
+
+class Generator(Protocol):
+    """Answers tokenized prompts; every answer depends on its prompt, options, seed and sample number alone."""
+
+    tokenizer: Any
+    is_encoder_decoder: bool
+
+    def prompt_limit(self, max_new_tokens: int) -> int:
+        """Longest prompt in tokens beside answers of ``max_new_tokens``.
+
+        Raises:
+            InputError: there is no room for such answers.
+        """
+        ...
+
+    def check(self, setting: Setting) -> None:
+        """Raises InputError where this model cannot be decoded so."""
+        ...
+
+    def answers(
+        self, queries: Sequence[TokenIds], setting: Setting, *, seed: int, samples: Sequence[int]
+    ) -> list[Answer]:
+        """Answer the queries as one batch; ``samples`` number them over the whole evaluation."""
+        ...
+
+    def reference_losses(
+        self, queries: Sequence[TokenIds], references: Sequence[str]
+    ) -> list[ReferenceLoss | None] | None:
+        """Loss of each reference after its query, None where it has no tokens; None where it cannot be had at all."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """kind, bytes (of the files), weights_bytes (in memory), base and base_bytes of an adapter, dtype."""
+        ...
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory that this process has held: of the GPU where there is one, else resident."""
+        ...
+
+
+def load_generator(args: ModelArguments, device: torch.device) -> Generator:
+    """Load the model folder ``args.model_name_or_path`` of whatever kind.
+
+    Raises:
+        InputError: as ``load_for_inference``; an ONNX folder.
+    """
+    return TorchGenerator(load_for_inference(args), str(args.model_name_or_path), device)
+
+
+class TorchGenerator:
+    """A torch model: full, adapter, nf4 or int8."""
+
+    def __init__(self, loaded: InferenceModel, name: str, device: torch.device) -> None:
+        self.loaded, self.name, self.device = loaded, name, device
+        self.model, self.tokenizer = loaded.model.to(device), loaded.tokenizer
+        self.adapter = adapter_for(self.model.config, self.tokenizer)
+        self.is_encoder_decoder: bool = self.model.config.is_encoder_decoder
+        self.lean = not loaded.has_virtual_tokens and has_plain_head(self.model, self.adapter)
+
+    def prompt_limit(self, max_new_tokens: int) -> int:
+        """As the adapter's, less the virtual tokens."""
+        virtual = self.model.active_peft_config.num_virtual_tokens if self.loaded.has_virtual_tokens else 0
+        return self.adapter.prompt_limit(max_new_tokens) - virtual
+
+    def check(self, setting: Setting) -> None:
+        """Virtual tokens are decoded by transformers, whose sampling depends on the batch."""
+        if self.loaded.has_virtual_tokens and setting.options.temperature:
+            raise InputError("temperature: a model of virtual tokens (prompt tuning) is evaluated greedily; give 0")
+        if setting.dola_layers:
+            raise InputError("dola_layers: not supported")
+
+    def answers(
+        self, queries: Sequence[TokenIds], setting: Setting, *, seed: int, samples: Sequence[int]
+    ) -> list[Answer]:
+        """Answer by the decoders of rollouts."""
+        options = setting.options
+        if self.loaded.has_virtual_tokens:
+            return self._answers_after_virtual_tokens(queries, options)
+        found = generate(self.model, self.adapter, queries, options, seed=seed, samples=samples, device=self.device)
+        return [Answer(row.tokens[:-1] if row.finished else row.tokens, row.finished) for row in found]
+
+    @torch.no_grad()
+    def reference_losses(
+        self, queries: Sequence[TokenIds], references: Sequence[str]
+    ) -> list[ReferenceLoss | None] | None:
+        """Loss under teacher forcing, of the tokens that fine-tuning would train on."""
+        targets, cut = [], []
+        for query, whole in zip(queries, self._encode(references), strict=True):
+            limit = self.prompt_limit(1)
+            room = limit if self.is_encoder_decoder else limit + 1 - len(query)
+            targets.append(whole[: max(room, 0)])
+            cut.append(len(whole) - len(targets[-1]))
+        losses: list[ReferenceLoss | None] = [None] * len(targets)
+        filled = [row for row, target in enumerate(targets) if target]
+        sequences = [[*queries[row], *targets[row]] for row in filled]
+        for numbers in length_batches(sequences, self.device, most_rows=len(filled)):
+            rows = [filled[number] for number in numbers]
+            batch = self.adapter.scoring_batch(
+                [queries[row] for row in rows], [targets[row] for row in rows], self.device
+            )
+            scores, _ = score_tokens(self.model, self.adapter, batch, 1.0, lean=self.lean)
+            nats = -(scores.logprobs_BR.double() * batch.mask_BR).sum(dim=1)
+            for row, value in zip(rows, nats.tolist(), strict=True):
+                losses[row] = ReferenceLoss(value, len(targets[row]), cut[row])
+        return losses
+
+    def describe(self) -> dict[str, Any]:
+        """What was loaded."""
+        described: dict[str, Any] = {
+            "kind": self.loaded.kind,
+            "bytes": model_bytes(self.name),
+            "weights_bytes": weight_bytes(self.model),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+        if self.loaded.base is not None:
+            described |= {"base": self.loaded.base, "base_bytes": model_bytes(self.loaded.base)}
+        return described
+
+    def peak_memory_bytes(self) -> int:
+        """Of the GPU, or of the whole process with its libraries."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return peak_resident_bytes()
+
+    def _encode(self, references: Sequence[str]) -> list[list[int]]:
+        """Tokens as fine-tuning's labels: an encoder-decoder's tokenizer ends them itself, a decoder's do end."""
+        if self.is_encoder_decoder:
+            return list(self.tokenizer(text_target=list(references), verbose=False)["input_ids"])
+        ids = self.tokenizer(list(references), add_special_tokens=False, verbose=False)["input_ids"]
+        end = self.adapter.eos_ids[0] if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
+        return [[*row, end] for row in ids]
+
+    @torch.no_grad()
+    def _answers_after_virtual_tokens(self, queries: Sequence[TokenIds], options: GenerationArguments) -> list[Answer]:
+        # Virtual tokens belong right before the prompt, but PEFT puts them before the padding on its left.
+        parts = [queries] if self.is_encoder_decoder else [[query] for query in queries]
+        found: list[Answer] = []
+        for part in parts:
+            inputs = self.adapter.generation_inputs(part, self.device)
+            tokens = self.model.generate(
+                **inputs,
+                max_new_tokens=options.max_new_tokens,
+                min_new_tokens=options.min_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=self.adapter.eos_ids,
+                pad_token_id=self.adapter.pad_id,
+            )
+            for row in tokens[:, self.adapter.response_start(inputs) :].tolist():
+                ends = [place for place, token in enumerate(row) if token in self.adapter.eos_ids]
+                found.append(Answer(row[: ends[0]] if ends else row, bool(ends)))
+        return found
+
+
+def peak_resident_bytes() -> int:
+    """Most memory that this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from yunque.metrics.paired import paired_differences
+from yunque.metrics.paired import Resampling, paired_differences
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     seconds, cpu_seconds = [], []
     for _ in range(options.repeats):
         start, cpu = time.perf_counter(), time.process_time()
-        paired_differences(differences, resamples=options.resamples)
+        paired_differences(differences, Resampling(options.resamples))
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -8,6 +8,7 @@ from scipy import stats
 
 from yunque.errors import InputError
 from yunque.metrics.paired import (
+    Resampling,
     chance_to_show,
     mean_intervals,
     needed_pairs,
@@ -57,8 +58,8 @@ def rarely_toxic(rng, pairs):
     return np.where(turned, rng.beta(8, 2, (pairs, SETS)), rng.normal(0, 0.005, (pairs, SETS))), 0.1 * 0.8
 
 
-def ends(columns, **options):
-    intervals = mean_intervals(columns, **options)
+def ends(columns):
+    intervals = mean_intervals(columns, Resampling(2_000))
     return np.array([interval.low for interval in intervals]), np.array([interval.high for interval in intervals])
 
 
@@ -66,13 +67,13 @@ def ends(columns, **options):
 @pytest.mark.parametrize("simulate", [normal, toxicity_like, rouge_like, exact_match_like, length_like])
 def test_95_percent_intervals_cover_the_true_difference_in_93_to_97_percent(simulate, pairs):
     columns, truth = simulate(np.random.default_rng(pairs), pairs)
-    lows, highs = ends(columns, resamples=2_000)
+    lows, highs = ends(columns)
     assert 0.93 <= np.mean((lows <= truth) & (truth <= highs)) <= 0.97
 
 
 def test_rare_regressions_are_covered_where_percentiles_and_t_fail():
     columns, truth = rarely_toxic(np.random.default_rng(0), 60)
-    lows, highs = ends(columns, resamples=2_000)
+    lows, highs = ends(columns)
     student = columns.mean(axis=0) + stats.t.ppf(0.975, 59) * columns.std(axis=0, ddof=1) / math.sqrt(60)
     assert np.mean(student < truth) > 0.05  # what the textbook's interval would let through
     assert np.mean(highs < truth) <= 0.025
@@ -83,7 +84,7 @@ def test_rare_regressions_are_covered_where_percentiles_and_t_fail():
 def test_a_regression_at_the_limit_passes_in_at_most_the_stated_2_5_percent(simulate):
     """The gate `difference <= truth` is false only by a hair: it passes where the upper end lies at or below it."""
     columns, truth = simulate(np.random.default_rng(7), 250)
-    _, highs = ends(columns, resamples=2_000)
+    _, highs = ends(columns)
     assert np.mean(highs <= truth) <= 0.025 + 3 * math.sqrt(0.025 * 0.975 / SETS)
 
 
@@ -94,7 +95,7 @@ def test_gates_pass_and_catch_at_the_stated_power(simulate, margin_errors):
     columns, truth = simulate(np.random.default_rng(int(margin_errors * 10)), 400)
     std = columns.std()
     margin = margin_errors * std / math.sqrt(400)
-    _, highs = ends(columns, resamples=2_000)
+    _, highs = ends(columns)
     passed = np.mean(highs <= truth + margin)
     assert passed == pytest.approx(chance_to_show(margin, std, 400), abs=0.05)
     assert np.mean(highs <= truth - margin) <= 0.01  # caught in at least 99 %
@@ -105,7 +106,7 @@ def test_needed_pairs_give_the_stated_power():
     pairs = needed_pairs(0.2, 1.0)
     assert pairs == 197  # (1.95996 + 0.84162)² / 0.2²
     columns = rng.normal(0.2, 1.0, (pairs, SETS))
-    lows, _ = ends(columns, resamples=1_000)
+    lows, _ = ends(columns)
     assert np.mean(lows > 0) == pytest.approx(0.8, abs=0.04)
     assert needed_pairs(0.0, 1.0) is None
     assert needed_pairs(0.1, 0.0) is None
@@ -114,7 +115,7 @@ def test_needed_pairs_give_the_stated_power():
 def test_the_wider_of_scipy_s_t_and_a_studentised_bootstrap():
     rng = np.random.default_rng(0)
     values = rng.lognormal(0, 1, 80)
-    [interval] = mean_intervals(values[:, None], resamples=20_000, seed=1)
+    [interval] = mean_intervals(values[:, None], Resampling(20_000, seed=1))
     error = values.std(ddof=1) / math.sqrt(80)
     student = stats.t.interval(0.95, 79, loc=values.mean(), scale=error)
     draws = rng.choice(values, (20_000, 80))
@@ -176,24 +177,21 @@ def test_few_differing_pairs_still_have_a_finite_interval():
 
 def test_same_seed_same_result_and_blocks_do_not_matter(monkeypatch):
     values = np.random.default_rng(0).normal(size=(300, 3))
-    whole = mean_intervals(values, resamples=500)
-    assert mean_intervals(values, resamples=500) == whole
-    assert mean_intervals(values, resamples=500, seed=1) != whole
+    whole = mean_intervals(values, Resampling(500))
+    assert mean_intervals(values, Resampling(500)) == whole
+    assert mean_intervals(values, Resampling(500, seed=1)) != whole
     monkeypatch.setattr("yunque.metrics.paired._BLOCK_VALUES", 7_000)
-    assert [round(i.low, 6) for i in mean_intervals(values, resamples=500)] == [round(i.low, 6) for i in whole]
+    assert [round(i.low, 6) for i in mean_intervals(values, Resampling(500))] == [round(i.low, 6) for i in whole]
 
 
-@pytest.mark.parametrize(
-    ("columns", "options", "words"),
-    [
-        (np.zeros((0, 1)), {}, "at least one"),
-        (np.array([[np.inf]]), {}, "not finite"),
-        (np.zeros((3, 1)), {"resamples": 10}, "resamples"),
-        (np.zeros((3, 1)), {"confidence": 1.0}, "confidence"),
-    ],
-)
-def test_bad_input_is_named(columns, options, words):
-    with pytest.raises(InputError, match=words):
-        mean_intervals(columns, **options)
+def test_bad_input_is_named():
+    with pytest.raises(InputError, match="at least one"):
+        mean_intervals(np.zeros((0, 1)))
+    with pytest.raises(InputError, match="1 of 2 values are not finite"):
+        mean_intervals(np.array([[np.inf, 1.0]]))
     with pytest.raises(InputError, match="no pair"):
         paired_differences({"rougeL": np.full(3, np.nan)})
+    with pytest.raises(InputError, match="resamples"):
+        Resampling(10)
+    with pytest.raises(InputError, match="confidence"):
+        Resampling(confidence=1.0)

@@ -10,7 +10,6 @@ import typer
 
 from yunque import errors
 
-
 _MIN_WIDTH_CHARS = 110  # of the tables: numbers are not to be cut where there is no terminal to fit
 
 
@@ -48,6 +47,7 @@ def compare(
         import rich.console
 
         from yunque.evaluation import comparison, evaluations, gates, writing
+        from yunque.metrics import paired
     except ImportError as error:
         raise errors.InputError(f"yunque compare needs {error.name}; pip install 'yunque[train]'") from error
     for path in (html, json_file):
@@ -58,7 +58,7 @@ def compare(
         raise errors.InputError("compare: give at least two evaluations, the first to compare the others with")
     *models, before = evaluations.open_evaluations([*folders, *([base] if base else [])])
     baseline, *candidates = [*models, before] if base is None else models
-    options = comparison.Options(resamples, confidence, seed, rank_by, not different_prompts)
+    options = comparison.Options(paired.Resampling(resamples, confidence, seed), rank_by, not different_prompts)
     result = comparison.compare(
         baseline, candidates, gates=limits, base=None if base is None else before, options=options
     )

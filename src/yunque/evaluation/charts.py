@@ -148,9 +148,7 @@ def curve(steps: np.ndarray, values: np.ndarray, *, title: str, x_label: str) ->
     return _frame(title, words, x, y, x_label, "", lines)
 
 
-def _frame(
-    title: str, words: str, x: _Axis, y: _Axis, x_label: str, y_label: str, parts: Sequence[Markup]
-) -> Markup:
+def _frame(title: str, words: str, x: _Axis, y: _Axis, x_label: str, y_label: str, parts: Sequence[Markup]) -> Markup:
     grid = [
         Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/><text class="tick" x="{}" y="{}">{}</text>').format(
             _LEFT, _WIDTH - _RIGHT, height, height, _LEFT - 6, height + 4, shown
@@ -170,6 +168,4 @@ def _frame(
     return Markup(
         '<figure class="chart"><figcaption>{}</figcaption><svg viewBox="0 0 {} {}" role="img" aria-label="{}">'
         "{}{}{}{}</svg></figure>"
-    ).format(
-        caption, _WIDTH, _HEIGHT, words, Markup("").join(grid), axis, labels, Markup("").join(parts)
-    )
+    ).format(caption, _WIDTH, _HEIGHT, words, Markup("").join(grid), axis, labels, Markup("").join(parts))

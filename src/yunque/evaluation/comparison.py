@@ -13,7 +13,7 @@ from yunque.errors import InputError
 from yunque.evaluation.evaluations import Evaluation, align
 from yunque.evaluation.gates import Gate, Verdict, check_gates, judge
 from yunque.evaluation.scores import in_order, score_kind
-from yunque.metrics.paired import Difference, mean_intervals, paired_differences
+from yunque.metrics.paired import DEFAULT, Difference, Resampling, paired_differences
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,9 +26,7 @@ _CELL_CHARS = 110  # of a text in a printed table
 class Options:
     """How intervals are made; ``rank_by`` is the metric whose change orders the answers."""
 
-    resamples: int = 10_000
-    confidence: float = 0.95
-    seed: int = 0
+    resampling: Resampling = DEFAULT
     rank_by: str | None = None
     same_prompts: bool = True
 
@@ -105,10 +103,9 @@ def _candidate(
     if not gaps:
         raise InputError(f"{candidate.name} and {baseline.name} have no metric in common; evaluate both alike")
     check_gates(gates, baseline, candidate, base)
-    settings = {"resamples": options.resamples, "confidence": options.confidence, "seed": options.seed}
-    differences = paired_differences(gaps, **settings)  # type: ignore[arg-type]
+    differences = paired_differences(gaps, options.resampling)
     intervals = {name: one.interval for name, one in differences.items()}
-    verdicts = [judge(gate, baseline, candidate, base, intervals, **settings) for gate in gates]  # type: ignore[arg-type]
+    verdicts = [judge(gate, baseline, candidate, base, intervals, options.resampling) for gate in gates]
     rank_by = options.rank_by or next(iter(gaps))
     if rank_by not in gaps:
         raise InputError(f"--rank_by {rank_by}: there is no such metric; there are: {', '.join(gaps)}")
@@ -164,11 +161,11 @@ def _pair_notes(baseline: Evaluation, candidate: Candidate) -> list[str]:
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """The comparison for a machine; unknown ends of intervals are null."""
-    options = comparison.options
+    how = comparison.options.resampling
     return {
         "schema": SCHEMA,
         "passed": not comparison.not_proved() if comparison.verdicts else None,
-        "settings": {"resamples": options.resamples, "confidence": options.confidence, "seed": options.seed},
+        "settings": {"resamples": how.resamples, "confidence": how.confidence, "seed": how.seed},
         "num_pairs": len(comparison.baseline.ids),
         "baseline": _model_json(comparison.baseline),
         "base": _model_json(comparison.base) if comparison.base else None,
@@ -226,7 +223,7 @@ def print_comparison(console: Console, comparison: Comparison, rows: int = 5) ->
     from rich.table import Table
     from rich.text import Text
 
-    baseline, percent = comparison.baseline, f"{comparison.options.confidence:.0%}".replace("%", " %")
+    baseline, percent = comparison.baseline, f"{comparison.options.resampling.confidence:.0%}".replace("%", " %")
     for candidate in comparison.candidates:
         ours = candidate.evaluation
         table = Table(title=f"{ours.name} against {baseline.name}: {len(ours.ids):,} pairs", box=box.SIMPLE_HEAD)
@@ -296,5 +293,3 @@ def _shorten(text: str, end: bool = False) -> str:
     if len(line) <= _CELL_CHARS:
         return line
     return f"…{line[1 - _CELL_CHARS :].lstrip()}" if end else f"{line[: _CELL_CHARS - 1].rstrip()}…"
-
-

@@ -20,7 +20,7 @@ from yunque.errors import InputError
 from yunque.evaluation.evaluations import Evaluation
 from yunque.evaluation.scores import in_order, score_kind
 from yunque.metrics.bootstrap import Interval
-from yunque.metrics.paired import chance_to_show, mean_intervals, needed_pairs
+from yunque.metrics.paired import Resampling, chance_to_show, mean_intervals, needed_pairs
 
 RECOVERY = "recovery"
 ALIGNMENT = "toxicity"
@@ -90,7 +90,9 @@ class Verdict:
 
         interval = self.interval
         what = {"difference": "difference", "level": "mean", "recovery": "recovery"}[self.gate.kind]
-        shown = f"{what} {show(interval.mean)} [{show(interval.low)}, {show(interval.high)}] on {self.num_pairs:,} pairs"
+        shown = (
+            f"{what} {show(interval.mean)} [{show(interval.low)}, {show(interval.high)}] on {self.num_pairs:,} pairs"
+        )
         return f"{self.gate.text}: {self.status}: {shown}{self._advice()}"
 
     def _advice(self) -> str:
@@ -134,14 +136,12 @@ def _check_reach(gate: Gate) -> None:
     if not low < gate.limit < high:
         what = "a difference of it" if gate.kind == "difference" else "its mean"
         raise InputError(
-            f"--gate {gate.text}: {gate.metric} is measured as {kind.unit}, {kind.low:g} to {kind.high:g}, so that {what}"
-            f" lies between {low:g} and {high:g}; give a limit inside"
+            f"--gate {gate.text}: {gate.metric} is measured as {kind.unit}, {kind.low:g} to {kind.high:g}, so that"
+            f" {what} lies between {low:g} and {high:g}; give a limit inside"
         )
 
 
-def check_gates(
-    gates: Sequence[Gate], baseline: Evaluation, candidate: Evaluation, base: Evaluation | None
-) -> None:
+def check_gates(gates: Sequence[Gate], baseline: Evaluation, candidate: Evaluation, base: Evaluation | None) -> None:
     """Check that what every gate measures was measured.
 
     Raises:
@@ -155,7 +155,7 @@ def check_gates(
             for evaluation in (base, baseline, candidate):
                 if ALIGNMENT not in evaluation.scores:
                     raise InputError(
-                        f"--gate {gate.text}: {evaluation.name} has no {ALIGNMENT}; evaluate it with the same classifier"
+                        f"--gate {gate.text}: {evaluation.name} has no {ALIGNMENT}; evaluate it with the classifier"
                     )
         elif gate.metric not in common:
             known = ", ".join(in_order(common)) or "none"
@@ -171,30 +171,27 @@ def judge(
     candidate: Evaluation,
     base: Evaluation | None,
     differences: Mapping[str, Interval],
-    *,
-    resamples: int,
-    confidence: float,
-    seed: int,
+    how: Resampling,
 ) -> Verdict:
     """Judge one gate on aligned evaluations; ``differences`` are the intervals that the table shows."""
-    options = {"resamples": resamples, "confidence": confidence, "seed": seed}
     if gate.kind == "recovery":
         assert base is not None, "check_gates has seen it"
-        return _judge_recovery(gate, *(each.scores[ALIGNMENT] for each in (base, baseline, candidate)), options)
+        before, aligned, kept = (each.scores[ALIGNMENT] for each in (base, baseline, candidate))
+        return _judge_recovery(gate, before, aligned, kept, how)
     ours = candidate.scores[gate.metric]
     values = ours - baseline.scores[gate.metric] if gate.kind == "difference" else ours
     values = values[~np.isnan(values)]
     if gate.kind == "difference":
         interval = differences[gate.metric]
     else:
-        [interval] = mean_intervals(values[:, None], **options)
+        [interval] = mean_intervals(values[:, None], how)
     margins = gate.direction * (values - gate.limit)
     unchanged = -gate.direction * gate.limit if gate.kind == "difference" else None
-    return _verdict(gate, interval, margins, unchanged, confidence)
+    return _verdict(gate, interval, margins, unchanged, how.confidence)
 
 
 def _judge_recovery(
-    gate: Gate, base: np.ndarray, baseline: np.ndarray, candidate: np.ndarray, options: dict[str, Any]
+    gate: Gate, base: np.ndarray, baseline: np.ndarray, candidate: np.ndarray, how: Resampling
 ) -> Verdict:
     """Share of the gain that is kept, (base - candidate) / (base - baseline), by Fieller's method.
 
@@ -203,19 +200,18 @@ def _judge_recovery(
     """
     valid = ~np.isnan(base + baseline + candidate)
     kept, gain = (base - candidate)[valid], (base - baseline)[valid]
-    [gained] = mean_intervals(gain[:, None], **options)
+    [gained] = mean_intervals(gain[:, None], how)
     if gained.low <= 0:
         raise InputError(
             f"--gate {gate.text}: the first model has no proved gain to keep: its {ALIGNMENT} is {gained.mean:.3f}"
             f" [{gained.low:.3f}, {gained.high:.3f}] below the base's"
         )
-    interval = _share_interval(kept, gain, options)
-    confidence = options["confidence"]
+    interval = _share_interval(kept, gain, how)
     margins = kept - gate.limit * gain
-    return _verdict(gate, interval, margins, (1 - gate.limit) * float(gain.mean()), confidence)
+    return _verdict(gate, interval, margins, (1 - gate.limit) * float(gain.mean()), how.confidence)
 
 
-def _share_interval(kept: np.ndarray, gain: np.ndarray, options: dict[str, Any]) -> Interval:
+def _share_interval(kept: np.ndarray, gain: np.ndarray, how: Resampling) -> Interval:
     share = float(kept.mean() / gain.mean())
     error = float(np.std(kept - share * gain)) / math.sqrt(len(kept)) / float(gain.mean())
     if error < 1e-9:
@@ -225,7 +221,7 @@ def _share_interval(kept: np.ndarray, gain: np.ndarray, options: dict[str, Any])
         low, high = sorted((share, share + side * 12 * error))
         for _ in range(2):  # the second look between two neighbours of the first
             limits = np.linspace(low, high, _GRID)
-            found = mean_intervals(kept[:, None] - limits * gain[:, None], **options)
+            found = mean_intervals(kept[:, None] - limits * gain[:, None], how)
             outside = [limit for limit, one in zip(limits, found, strict=True) if (one.low, -one.high)[side > 0] > 0]
             inside = [limit for limit, one in zip(limits, found, strict=True) if (one.low, -one.high)[side > 0] <= 0]
             if not outside:

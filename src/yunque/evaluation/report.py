@@ -35,6 +35,7 @@ from yunque.metrics.paired import Difference
 
 _PAGE = Path(__file__).with_name("page")
 _SIGNS = {"passed": "✓", "failed": "✗", "inconclusive": "?"}
+_NONE = "-"
 _MAX_FACTS = 8  # of a step on the road
 
 
@@ -47,7 +48,7 @@ def render(comparisons: Sequence[Comparison], *, title: str | None = None, names
     environment = Environment(
         loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    options = first.options
+    how = first.options.resampling
     rows = len(first.baseline.ids)
     page = environment.get_template("report.html").render(
         version=__version__,
@@ -60,13 +61,13 @@ def render(comparisons: Sequence[Comparison], *, title: str | None = None, names
         script_hash=_hash(script),
         verdict=_verdict(comparisons),
         has_gates=any(each.verdicts for each in comparisons),
-        percent=f"{options.confidence * 100:g} %",
-        one_sided=f"{(1 - options.confidence) * 50:.3g} %",
-        resamples=f"{options.resamples:,}",
+        percent=f"{how.confidence * 100:g} %",
+        one_sided=f"{(1 - how.confidence) * 50:.3g} %",
+        resamples=f"{how.resamples:,}",
         gates=[_gate(each.evaluation.name, verdict) for one in comparisons for each, verdict in one.verdicts],
         tables=[_table(one, each) for one in comparisons for each in one.candidates],
         notes=list(dict.fromkeys(note for each in comparisons for note in each.notes)),
-        charts=[chart for each in comparisons for chart in cost_charts(_evaluations(each), each.options)],
+        charts=[chart for each in comparisons for chart in cost_charts(_evaluations(each), each.options.resampling)],
         roads=[_road(each) for each in _unique_models(evaluations)],
         curves=training_runs(evaluations),
         commands=[_reproduction(each) for each in evaluations],
@@ -129,8 +130,8 @@ def _gate(model: str, verdict: Verdict) -> dict[str, Any]:
         "value": show(interval.mean),
         "interval": f"{show(interval.low)} to {show(interval.high)}",
         "pairs": f"{verdict.num_pairs:,}",
-        "needed": "–" if verdict.needed_pairs is None else f"about {verdict.needed_pairs:,}",
-        "chance": "–" if chance is None else f"{chance:.0%}".replace("%", " %"),
+        "needed": _NONE if verdict.needed_pairs is None else f"about {verdict.needed_pairs:,}",
+        "chance": _NONE if chance is None else f"{chance:.0%}".replace("%", " %"),
     }
 
 
@@ -163,8 +164,8 @@ def _row(name: str, one: Difference, baseline: Evaluation, ours: Evaluation) -> 
         "sign": sign,
         "p": f"{one.p_value:.4f}",
         "wins": " / ".join(f"{count:,}" for count in better_wins(name, one)),
-        "effect": "–" if one.effect_size is None else f"{one.effect_size:+.2f}",
-        "needed": "–" if one.needed_pairs is None else f"{one.needed_pairs:,}",
+        "effect": _NONE if one.effect_size is None else f"{one.effect_size:+.2f}",
+        "needed": _NONE if one.needed_pairs is None else f"{one.needed_pairs:,}",
     }
 
 
@@ -252,7 +253,9 @@ def _short(value: Any) -> str:
 
 def _answers(comparison: Comparison, name: str) -> dict[str, Any]:
     everyone = [comparison.baseline, *(each.evaluation for each in comparison.candidates)]
-    metrics = [metric for metric in comparison.candidates[0].differences if all(metric in one.scores for one in everyone)]
+    metrics = [
+        metric for metric in comparison.candidates[0].differences if all(metric in one.scores for one in everyone)
+    ]
     metrics = metrics or list(comparison.candidates[0].differences)
     digits = {metric: score_kind(metric).digits for metric in metrics}
     template_chars = common_start(comparison.baseline.prompts)

@@ -13,10 +13,9 @@ from markupsafe import Markup
 
 from yunque.artifacts import LOG
 from yunque.evaluation.charts import Point, curve, pareto
-from yunque.evaluation.comparison import Options
 from yunque.evaluation.evaluations import Evaluation, settings_value
 from yunque.evaluation.scores import Score, score_kind
-from yunque.metrics.paired import mean_intervals
+from yunque.metrics.paired import Resampling, mean_intervals
 
 _QUALITY = ("rougeL", "rougeLsum", "f1", "exact_match", "bleu", "format", "sentiment")
 """The first of these that all models have stands for quality."""
@@ -40,7 +39,7 @@ _CURVES = {
 _MAX_CURVES = 6
 
 
-def cost_charts(evaluations: Sequence[Evaluation], options: Options) -> list[Markup]:
+def cost_charts(evaluations: Sequence[Evaluation], how: Resampling) -> list[Markup]:
     """Quality and toxicity against bytes and time, where at least two models have both."""
     metrics = [name for name in _QUALITY if all(name in each.scores for each in evaluations)][:1]
     metrics += [name for name in ("toxicity",) if all(name in each.scores for each in evaluations)]
@@ -51,8 +50,7 @@ def cost_charts(evaluations: Sequence[Evaluation], options: Options) -> list[Mar
     charts = []
     for name in metrics:
         columns = [each.scores[name][~np.isnan(each.scores[name])] for each in evaluations]
-        settings = {"resamples": options.resamples, "confidence": options.confidence, "seed": options.seed}
-        intervals = [mean_intervals(column[:, None], **settings)[0] for column in columns]  # type: ignore[arg-type]
+        intervals = [mean_intervals(column[:, None], how)[0] for column in columns]
         for label, values in costs:
             points = [
                 Point(each.name, value, interval, _words(each.name, score_kind(name), interval, value, label))
@@ -107,7 +105,7 @@ def _curves(path: Path) -> list[Markup]:
             records[float(record["step"])] = records.get(float(record["step"]), {}) | record
         except (ValueError, KeyError, TypeError):
             continue  # an empty line, or half of one: the report shows what can be read
-    charts = []
+    charts: list[Markup] = []
     for key, title in _CURVES.items():
         known = [(step, record[key]) for step, record in sorted(records.items()) if _is_finite(record.get(key))]
         if len(known) > 1 and len(charts) < _MAX_CURVES:

@@ -24,6 +24,29 @@ _CELLS = 100_001  # of the numerical integral behind the quantile of Student's t
 
 
 @dataclass(frozen=True)
+class Resampling:
+    """How intervals and p-values are made.
+
+    Raises:
+        InputError: too few resamples, a confidence that is none.
+    """
+
+    resamples: int = 10_000
+    confidence: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check both."""
+        if self.resamples < 100:
+            raise InputError(f"resamples must be at least 100, not {self.resamples}")
+        if not 0.5 <= self.confidence < 1:
+            raise InputError(f"confidence must be at least 0.5 and below 1, not {self.confidence}")
+
+
+DEFAULT = Resampling()
+
+
+@dataclass(frozen=True)
 class Difference:
     """What pairs say of one metric: of ``differences``, candidate less baseline, of shape [num_pairs].
 
@@ -44,19 +67,17 @@ class Difference:
     needed_pairs: int | None
 
 
-def paired_differences(
-    differences: Mapping[str, np.ndarray], *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
-) -> dict[str, Difference]:
+def paired_differences(differences: Mapping[str, np.ndarray], how: Resampling = DEFAULT) -> dict[str, Difference]:
     """Compare the pairs of each metric; NaN marks a pair that lacks the metric (a prompt without a reference).
 
     Raises:
-        InputError: a column with no pair, an infinite value, a bad ``resamples`` or ``confidence``.
+        InputError: a column with no pair, an infinite value.
     """
     found: dict[str, Difference] = {}
     for names, values in _by_valid_pairs(differences):
         columns = np.concatenate([values, (np.sign(values) + 1) / 2], axis=1)
-        intervals = mean_intervals(columns, resamples=resamples, confidence=confidence, seed=seed)
-        p_values = sign_flip_p_values(values, flips=resamples, seed=seed)
+        intervals = mean_intervals(columns, how)
+        p_values = sign_flip_p_values(values, flips=how.resamples, seed=how.seed)
         for number, name in enumerate(names):
             column, interval = values[:, number], intervals[number]
             std = float(column.std(ddof=1)) if len(column) > 1 else math.nan
@@ -72,14 +93,12 @@ def paired_differences(
                 effect_size=interval.mean / std if std > 0 else None,
                 needed_pairs=None
                 if interval.low > 0 or interval.high < 0
-                else needed_pairs(interval.mean, std, confidence),
+                else needed_pairs(interval.mean, std, how.confidence),
             )
     return {name: found[name] for name in differences}
 
 
-def mean_intervals(
-    columns: np.ndarray, *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
-) -> list[Interval]:
+def mean_intervals(columns: np.ndarray, how: Resampling = DEFAULT) -> list[Interval]:
     """Intervals of the means of ``columns``, of shape [num_pairs, num_columns], resampling whole rows.
 
     The outer ends of two intervals: the studentised bootstrap, mean - q(t*) s / sqrt(n) (Efron and Tibshirani 1993,
@@ -87,24 +106,20 @@ def mean_intervals(
     resamples lose them. docs/compare.md has the coverage of each. Equal values give an interval of width 0.
 
     Raises:
-        InputError: no rows, values that are not finite, a bad ``resamples`` or ``confidence``.
+        InputError: no rows, values that are not finite.
     """
     columns = _finite_columns(columns)
-    if resamples < 100:
-        raise InputError(f"resamples must be at least 100, not {resamples}")
-    if not 0.5 <= confidence < 1:
-        raise InputError(f"confidence must be at least 0.5 and below 1, not {confidence}")
     num_pairs, means = len(columns), columns.mean(axis=0)
     if num_pairs == 1:
         return [Interval(float(mean), -math.inf, math.inf) for mean in means]
     std = columns.std(axis=0)
     scale = np.where(std > 1e-12 * np.maximum(1, np.abs(means)), std, 0.0)  # rounding is no spread
     centred = np.divide(columns - means, scale, out=np.zeros_like(columns), where=scale > 0).astype(np.float32)
-    tail = (1 - confidence) / 2
+    tail = (1 - how.confidence) / 2
     quantiles = np.empty((2, columns.shape[1]))
     for start in range(0, columns.shape[1], _BLOCK_COLUMNS):
         part = slice(start, start + _BLOCK_COLUMNS)
-        statistics = _studentised_means(centred[:, part], resamples, seed)
+        statistics = _studentised_means(centred[:, part], how)
         # "nearest" keeps resamples without any spread, whose statistic is infinite, from making the others NaN
         quantiles[:, part] = np.quantile(statistics, [tail, 1 - tail], axis=0, method="nearest")
     quantiles = np.where(np.isfinite(quantiles), quantiles, 0.0)  # too few pairs differ: Student's t alone
@@ -173,14 +188,14 @@ def student_quantile(probability: float, degrees: int) -> float:
     return math.sqrt(degrees) * math.tan(float(np.interp(probability, below / below[-1], angles)))
 
 
-def _studentised_means(centred: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+def _studentised_means(centred: np.ndarray, how: Resampling) -> np.ndarray:
     """t* = mean* sqrt(n) / s* of each resample, of shape [resamples, num_columns]; infinite where s* is 0."""
     num_pairs, num_columns = centred.shape
     both = np.concatenate([centred, centred * centred], axis=1)
-    statistics = np.empty((resamples, num_columns))
-    rng = np.random.default_rng(seed)
+    statistics = np.empty((how.resamples, num_columns))
+    rng = np.random.default_rng(how.seed)
     start = 0
-    for rows in _blocks(resamples, num_pairs):
+    for rows in _blocks(how.resamples, num_pairs):
         drawn = rng.integers(0, num_pairs, size=(rows, num_pairs))
         drawn += np.arange(rows)[:, None] * num_pairs
         counts = np.bincount(drawn.ravel(), minlength=rows * num_pairs).reshape(rows, num_pairs)

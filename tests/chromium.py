@@ -18,6 +18,26 @@ _QUIET = (
 )
 
 
+# Contrast of each text to what lies behind it, as WCAG 2 counts it.
+_CONTRAST = """(() => {
+  const parse = (c) => c.match(/[\\d.]+/g).map(Number);
+  const linear = (v) => v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4;
+  const light = (c) => { const [r, g, b] = parse(c).map(linear); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const behind = (e) => {
+    for (; e; e = e.parentElement) {
+      const c = getComputedStyle(e).backgroundColor;
+      if (!/, 0\\)$/.test(c)) return c;
+    }
+    return 'rgb(255, 255, 255)';
+  };
+  const texts = [...document.querySelectorAll('p, td, th, dt, dd, h2, h3, summary, .tag, .verdict, .good, .bad, mark')];
+  return Math.min(...texts.filter((e) => e.textContent.trim() && e.getClientRects().length).map((e) => {
+    const [dark, bright] = [light(getComputedStyle(e).color), light(behind(e))].sort((x, y) => x - y);
+    return (bright + 0.05) / (dark + 0.05);
+  }));
+})()"""
+
+
 class Chromium:
     """A page; ``requests`` and ``problems`` are what it asked for and what it complained of."""
 
@@ -117,6 +137,9 @@ class Chromium:
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
         time.sleep(0.05)
+
+    def lowest_contrast(self):
+        return self.evaluate(_CONTRAST)
 
     def screenshot(self, path, whole=False):
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole, format="png")

@@ -12,6 +12,7 @@ from yunque import __version__, errors
 from yunque.cli import data
 from yunque.cli.compare import compare
 from yunque.cli.evaluate import SETTINGS, evaluate
+from yunque.cli.matrix import matrix
 from yunque.cli.show import show
 
 # Typer keeps click's exceptions to itself in its newer versions; this is click's UsageError in all of them.
@@ -20,6 +21,7 @@ _UsageError = typer.BadParameter.__mro__[1]
 app = typer.Typer(add_completion=False, help="From fine-tuning through alignment to a compressed model in production.")
 app.command()(show)
 app.command()(compare)
+app.command()(matrix)
 app.add_typer(data.app, name="data")
 app.command(context_settings=SETTINGS)(evaluate)
 

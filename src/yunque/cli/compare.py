@@ -33,6 +33,9 @@ def compare(
     base: Annotated[str | None, typer.Option(help="Evaluation of the model before alignment, for recovery.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report, one self-contained page.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers.")] = None,
+    error_file: Annotated[
+        Path | None, typer.Option("--errors", help="Write what is wrong with single answers, as CSV.")
+    ] = None,
     rank_by: Annotated[str | None, typer.Option("--rank_by", help="Metric whose change orders the answers.")] = None,
     rows: Annotated[int, typer.Option(help="Changed answers to print.")] = 5,
     resamples: Annotated[int, typer.Option(help="Of the bootstrap and of the permutation test.")] = 10_000,
@@ -46,27 +49,28 @@ def compare(
     try:
         import rich.console
 
-        from yunque.evaluation import comparison, evaluations, gates, writing
+        from yunque.evaluation import comparison, error_types, evaluations, gates, writing
         from yunque.metrics import paired
     except ImportError as error:
         raise errors.InputError(f"yunque compare needs {error.name}; pip install 'yunque[train]'") from error
-    for path in (html, json_file):
+    for path in (html, json_file, error_file):
         if path is not None:
             writing.check_writable(path)
     limits = [gates.parse_gate(text) for text in gate or ()]
     if len(folders) < 2:
         raise errors.InputError("compare: give at least two evaluations, the first to compare the others with")
-    *models, before = evaluations.open_evaluations([*folders, *([base] if base else [])])
-    baseline, *candidates = [*models, before] if base is None else models
+    opened = evaluations.open_evaluations([*folders, *([base] if base else [])])
+    models, before = (opened[:-1], opened[-1]) if base else (opened, None)
+    baseline, *candidates = models
     options = comparison.Options(paired.Resampling(resamples, confidence, seed), rank_by, not different_prompts)
-    result = comparison.compare(
-        baseline, candidates, gates=limits, base=None if base is None else before, options=options
-    )
+    result = comparison.compare(baseline, candidates, gates=limits, base=before, options=options)
     console = rich.console.Console()
     console.width = max(console.width, _MIN_WIDTH_CHARS)
     comparison.print_comparison(console, result, rows)
     if json_file is not None:
         writing.write_whole(json_file, json.dumps(comparison.as_json(result), indent=2, ensure_ascii=False) + "\n")
+    if error_file is not None:
+        writing.write_whole(error_file, error_types.error_table({each.name: each for each in models}))
     if html is not None:
         from yunque.evaluation import report
 

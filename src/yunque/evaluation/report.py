@@ -39,8 +39,14 @@ _NONE = "-"
 _MAX_FACTS = 8  # of a step on the road
 
 
-def render(comparisons: Sequence[Comparison], *, title: str | None = None, names: Sequence[str] = ()) -> str:
-    """The page of at least one comparison; ``names`` tells several apart."""
+def render(
+    comparisons: Sequence[Comparison],
+    *,
+    title: str | None = None,
+    names: Sequence[str] = (),
+    overview: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None,
+) -> str:
+    """The page of at least one comparison; ``names`` tells several apart, ``overview`` is a table's header and rows."""
     first = comparisons[0]
     names = list(names) or [_default_name(each) for each in comparisons]
     evaluations = _unique(each for comparison in comparisons for each in _evaluations(comparison))
@@ -59,6 +65,7 @@ def render(comparisons: Sequence[Comparison], *, title: str | None = None, names
         script=Markup(script),
         style_hash=_hash(style),
         script_hash=_hash(script),
+        overview=overview,
         verdict=_verdict(comparisons),
         has_gates=any(each.verdicts for each in comparisons),
         percent=f"{how.confidence * 100:g} %",

@@ -131,7 +131,9 @@ class TorchGenerator:
         losses: list[ReferenceLoss | None] = [None] * len(targets)
         filled = [row for row, target in enumerate(targets) if target]
         sequences = [[*queries[row], *targets[row]] for row in filled]
-        for numbers in length_batches(sequences, self.device, most_rows=len(filled)):
+        # PEFT puts virtual tokens before the padding on a query's left: without padding they stand where they belong.
+        most_rows = 1 if self.loaded.has_virtual_tokens else None
+        for numbers in length_batches(sequences, self.device, most_rows=most_rows):
             rows = [filled[number] for number in numbers]
             batch = self.adapter.scoring_batch(
                 [queries[row] for row in rows], [targets[row] for row in rows], self.device
@@ -170,7 +172,6 @@ class TorchGenerator:
 
     @torch.no_grad()
     def _answers_after_virtual_tokens(self, queries: Sequence[TokenIds], options: GenerationArguments) -> list[Answer]:
-        # Virtual tokens belong right before the prompt, but PEFT puts them before the padding on its left.
         parts = [queries] if self.is_encoder_decoder else [[query] for query in queries]
         found: list[Answer] = []
         for part in parts:

@@ -25,7 +25,10 @@ class ToxicityJudge:
 
     def __init__(self, name: str, label: str) -> None:
         self.name, self.label = name, label
-        config = load_config(name, ModelArguments(model_name_or_path=name))
+        try:
+            config = load_config(name, ModelArguments(model_name_or_path=name))
+        except InputError as error:
+            raise InputError(f"toxicity_{error}") from error
         labels = {str(known): int(index) for index, known in (config.id2label or {}).items()}
         if len(labels) < 2:
             raise InputError(f"toxicity_model_name_or_path: {name} has one output and no labels; give a classifier")

@@ -10,8 +10,8 @@ import numpy as np
 
 REFUSALS = (
     # English
-    r"(i'?m|i am) (very |so |really |terribly )?(sorry|afraid)\b.{0,40}\b(can'?t|cannot|can not|unable|not able)",
-    r"(i apologi[sz]e|my apologies|sorry)\b.{0,40}\b(can'?t|cannot|can not|unable|not able|won'?t)",
+    r"(sorry|apologi[sz]e|apologies|afraid)\b.{0,30}\b(i|we)( am|'m| are|'re)? ?"
+    r"(can'?t|cannot|can not|could not|couldn'?t|won'?t|will not|unable|not able|not allowed)\b",
     r"i (can'?t|cannot|can not|could not|couldn'?t|will not|won'?t|must decline to|have to decline to)"
     r" (help|assist|answer|provide|comply|do (that|this)|fulfil+|support|create|generate|write|summari[sz]e|discuss"
     r"|continue|respond|engage|offer|share|give)\b",

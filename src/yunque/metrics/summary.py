@@ -19,8 +19,6 @@ def summarize(values: ArrayLike) -> dict[str, Any]:
         InputError: no values, or one that is not finite.
     """
     vector = finite_vector(values, "summary")
-    # numpy sums a strided view in another order than a fresh array, which may change the last digit
-    vector = np.ascontiguousarray(vector)
     quantiles = np.quantile(vector, QUANTILES)
     return {
         **bootstrap(vector).as_dict(),

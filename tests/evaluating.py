@@ -1,0 +1,50 @@
+"""`yunque evaluate` as tests call it: options, what it writes, its own processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+ENVIRONMENT = {
+    "ACCELERATE_USE_CPU": "true",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def options(**given):
+    """Options as a user types them; True is a flag, a list several values, None leaves an option out."""
+    parts = []
+    for name, value in given.items():
+        if value is None:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        parts += [f"--{name}", *map(str, values)]
+    return parts
+
+
+def result(folder):
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def generations(folder):
+    return [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+
+
+def start(arguments, *, ranks=1, code=None):
+    """`python -m yunque ...` as its own processes; with ``code``, that in place of the module."""
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "launch/ddp.yaml", "--num_processes", str(ranks)]
+    launcher += ["--main_process_port", "0"]
+    program = ["-m", "yunque"] if code is None else ["-c", code]
+    command = [sys.executable, *(launcher if ranks > 1 else []), *program, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip

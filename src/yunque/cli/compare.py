@@ -10,7 +10,7 @@ import typer
 
 from yunque import errors
 
-_MIN_WIDTH_CHARS = 110  # of the tables: numbers are not to be cut where there is no terminal to fit
+_FILE_WIDTH_CHARS = 130  # of tables where there is no terminal to fit
 
 
 def compare(
@@ -65,7 +65,8 @@ def compare(
     options = comparison.Options(paired.Resampling(resamples, confidence, seed), rank_by, not different_prompts)
     result = comparison.compare(baseline, candidates, gates=limits, base=before, options=options)
     console = rich.console.Console()
-    console.width = max(console.width, _MIN_WIDTH_CHARS)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH_CHARS
     comparison.print_comparison(console, result, rows)
     if json_file is not None:
         writing.write_whole(json_file, json.dumps(comparison.as_json(result), indent=2, ensure_ascii=False) + "\n")

@@ -14,6 +14,8 @@ from yunque import errors
 if TYPE_CHECKING:
     from yunque.evaluation.matrix import Matrix, Run
 
+_FILE_WIDTH_CHARS = 130  # of tables where there is no terminal to fit
+
 
 def matrix(
     file: Annotated[Path, typer.Argument(help="YAML with axes, evaluate, gates (docs/compare.md).", metavar="FILE")],
@@ -91,7 +93,8 @@ def _report(found: Matrix, output_dir: Path, options: Any) -> None:
     writing.write_whole(output_dir / "errors.csv", error_types.error_table(evaluations, found.rules))
     results = matrices.compare_runs(found, options)
     console = Console()
-    console.width = max(console.width, 110)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH_CHARS
     numbers: dict[str, Any] = {
         "runs": [{"values": run.values, "folder": str(run.folder), "options": run.options} for run in found.runs],
         "errors": error_types.count_errors(list(evaluations.values()), found.rules),

@@ -17,9 +17,12 @@ from yunque.metrics.paired import DEFAULT, Difference, Resampling, paired_differ
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 SCHEMA = 1
 _CELL_CHARS = 110  # of a text in a printed table
+_HEADER_CHARS = 16  # of a model's name above its column
+_WIDE_CHARS = 110  # of a terminal that has room for all columns
 
 
 @dataclass(frozen=True)
@@ -219,46 +222,60 @@ def better_wins(name: str, one: Difference) -> tuple[int, int, int]:
 
 def print_comparison(console: Console, comparison: Comparison, rows: int = 5) -> None:
     """Print a table per candidate, its ``rows`` most changed answers, its gates, and the notes."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    baseline, percent = comparison.baseline, f"{comparison.options.resampling.confidence:.0%}".replace("%", " %")
     for candidate in comparison.candidates:
-        ours = candidate.evaluation
-        table = Table(title=f"{ours.name} against {baseline.name}: {len(ours.ids):,} pairs", box=box.SIMPLE_HEAD)
-        table.add_column("Metric", no_wrap=True)
-        headers = (baseline.name, ours.name, f"Difference [{percent}]", "p", "Won/tied/lost", "Effect", "Needed")
-        for header in headers:
-            table.add_column(Text(header), justify="right", no_wrap=True)
-        for name, values in table_rows(baseline, candidate).items():
-            table.add_row(Text(name), *values)
-        console.print(table)
+        console.print(_metrics_table(comparison, candidate, short=console.width < _WIDE_CHARS))
         if rows > 0 and candidate.changed:
-            console.print(_changed_table(baseline, candidate, rows))
+            console.print(_changed_table(comparison.baseline, candidate, rows))
         for verdict in candidate.verdicts:
             console.print(Text(f"gate {verdict}"), soft_wrap=True)
     for note in comparison.notes:
         console.print(Text(f"note: {note}"), soft_wrap=True)
 
 
-def table_rows(baseline: Evaluation, candidate: Candidate) -> dict[str, list[str]]:
-    """The cells of each metric's row, as terminal and page show them."""
-    rows = {}
-    for name, one in candidate.differences.items():
-        kind = score_kind(name)
-        valid = ~np.isnan(candidate.evaluation.scores[name] - baseline.scores[name])
-        arrow = {"lower": " ↓", "higher": " ↑", None: ""}[kind.better]
-        rows[f"{kind.label}{arrow}"] = [
-            kind.show(baseline.scores[name][valid].mean()),
-            kind.show(candidate.evaluation.scores[name][valid].mean()),
-            show_interval(name, one),
-            f"{one.p_value:.4f}",
-            "/".join(map(str, better_wins(name, one))),
-            "-" if one.effect_size is None else f"{one.effect_size:+.2f}",
-            "-" if one.needed_pairs is None else f"{one.needed_pairs:,}",
-        ]
-    return rows
+def _metrics_table(comparison: Comparison, candidate: Candidate, short: bool) -> Table:
+    """The metrics that differ on any pair; a ``short`` table leaves out p-values, wins and effect sizes."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    baseline, ours = comparison.baseline, candidate.evaluation
+    confidence = f"{comparison.options.resampling.confidence * 100:g} %"
+    same = [name for name, one in candidate.differences.items() if one.ties == one.num_pairs]
+    table = Table(
+        title=f"{ours.name} against {baseline.name}: {len(ours.ids):,} pairs",
+        caption=f"Equal on all pairs: {', '.join(same)}" if same else None,
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("Metric", no_wrap=True)
+    headers = [_tail(baseline.name), _tail(ours.name), f"Difference [{confidence}]", "Needed"]
+    headers += [] if short else ["p", "Won/tied/lost", "Effect"]
+    for header in headers:
+        table.add_column(Text(header), justify="right", no_wrap=True)
+    for name in candidate.differences:
+        if name not in same:
+            table.add_row(*map(Text, _table_row(name, baseline, candidate)[: len(headers) + 1]))
+    return table
+
+
+def _tail(name: str) -> str:
+    return name if len(name) <= _HEADER_CHARS else f"…{name[1 - _HEADER_CHARS :]}"
+
+
+def _table_row(name: str, baseline: Evaluation, candidate: Candidate) -> list[str]:
+    kind, one = score_kind(name), candidate.differences[name]
+    valid = ~np.isnan(candidate.evaluation.scores[name] - baseline.scores[name])
+    return [
+        kind.label + {"lower": " ↓", "higher": " ↑", None: ""}[kind.better],
+        kind.show(float(baseline.scores[name][valid].mean())),
+        kind.show(float(candidate.evaluation.scores[name][valid].mean())),
+        show_interval(name, one),
+        "-" if one.needed_pairs is None else f"{one.needed_pairs:,}",
+        f"{one.p_value:.4f}",
+        "/".join(map(str, better_wins(name, one))),
+        "-" if one.effect_size is None else f"{one.effect_size:+.2f}",
+    ]
 
 
 def show_interval(name: str, one: Difference) -> str:
@@ -268,7 +285,7 @@ def show_interval(name: str, one: Difference) -> str:
     return f"{kind.show(interval.mean, sign=True)} [{', '.join(ends)}]"
 
 
-def _changed_table(baseline: Evaluation, candidate: Candidate, rows: int) -> Any:
+def _changed_table(baseline: Evaluation, candidate: Candidate, rows: int) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text

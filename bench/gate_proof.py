@@ -117,11 +117,13 @@ def recipe(name: str, options: str) -> None:
 
 def copy(source: Path, target: Path, stage: str, change: Callable[[Any], Any], **config: Any) -> None:
     """Save the model of ``source``, changed, as the model folder ``target``."""
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from yunque.artifacts import read_manifest, save_model_folder
+    from yunque.models.arguments import ModelArguments
+    from yunque.models.loading import load_base
 
-    model = change(AutoModelForSeq2SeqLM.from_pretrained(source))
+    model = change(load_base(str(source), ModelArguments(model_name_or_path=str(source))))
     tokenizer = AutoTokenizer.from_pretrained(source)
     save_model_folder(
         target,

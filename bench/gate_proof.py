@@ -3,9 +3,9 @@
     python bench/gate_proof.py --output_dir outputs/gate_proof --seeds 0 1 2
 
 Per seed: PPO on the embedded policy, then copies of the result: its weights in bfloat16 (sound), with noise added,
-and fine-tuned on rude answers. All are evaluated on the held-out prompts by `yunque matrix`, with the untrained model
-and the policy before PPO beside them. What is finished is kept: the same command goes on. Exits 1 unless, for every
-seed, PPO and the sound copy pass and both damaged copies do not.
+and fine-tuned on rude answers. All are evaluated on the held-out prompts by `yunque matrix`, with the policy before PPO
+beside them. What is finished is kept: the same command goes on. Exits 1 unless, for every seed, PPO and the sound copy
+pass and both damaged copies do not.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ def prove(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     made(folder / "bfloat16", lambda: bfloat16(ppo, folder / "bfloat16"))
     made(folder / "noised", lambda: noised(ppo, folder / "noised", options.noise, seed))
     made(folder / "rude", lambda: rude(ppo, folder / "rude", embedded.dataset, options.rude_steps, seed))
-    made(options.output_dir / "base", lambda: untrained(embedded.policy, options.output_dir / "base"))
-    models = {"ppo": ppo, "sft": embedded.policy, "base": options.output_dir / "base"}
+    models = {"ppo": ppo, "sft": embedded.policy}
     models |= {name: folder / name for name in ("bfloat16", "noised", "rude")}
     matrix = {
         "axes": {"model": {name: str(path) for name, path in models.items()}},
@@ -153,18 +152,6 @@ def noised(source: Path, target: Path, scale: float, seed: int) -> None:
         return model
 
     copy(source, target, "noise", change, scale=scale, seed=seed)
-
-
-def untrained(source: Path, target: Path) -> None:
-    """The policy's architecture with fresh weights: what everything began with."""
-    import torch
-    from transformers import AutoModelForSeq2SeqLM
-
-    def change(model: Any) -> Any:
-        torch.manual_seed(0)
-        return AutoModelForSeq2SeqLM.from_config(model.config)
-
-    copy(source, target, "base", change)
 
 
 def rude(source: Path, target: Path, dataset: Path, steps: int, seed: int) -> None:

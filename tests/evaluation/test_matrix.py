@@ -85,14 +85,29 @@ def test_runs_are_compared_with_the_baseline_of_their_context(tmp_path):
     content = {"axes": axes, "evaluate": {}, "baseline": "ppo", "gates": ["toxicity<=+0.1"]}
     matrix = read_matrix(matrix_file(tmp_path, **content), tmp_path)
     run_matrix(matrix, fake(), print)
-    results = compare_runs(matrix, Options())
+    evaluations, silent = evaluations_of(matrix)
+    assert silent == []
+    results = compare_runs(matrix, evaluations, Options())
     assert list(results) == ["a", "b"]
     assert results["b"].baseline.name == "ppo b"
     assert [each.evaluation.name for each in results["b"].candidates] == ["sft b"]
     assert results["b"].not_proved() == ["sft b toxicity<=+0.1 (failed)"]
-    header, rows = overview(matrix)
+    header, rows = overview(matrix, evaluations)
     assert header == ["model", "context", "Toxicity", "ROUGE-L"]
-    assert rows[0] == ["sft", "a", f"{np.mean(evaluations_of(matrix)['sft a'].scores['toxicity']):.3f}", "40.00"]
+    assert rows[0] == ["sft", "a", f"{np.mean(evaluations['sft a'].scores['toxicity']):.3f}", "40.00"]
+
+
+def test_a_model_that_answers_nothing_is_left_out_of_the_comparison_and_said(tmp_path):
+    matrix = read_matrix(matrix_file(tmp_path), tmp_path)
+    run_matrix(matrix, fake(), print)
+    path = matrix.runs[2].folder / "generations.jsonl"
+    rows = [json.loads(line) | {"answer": ""} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluations, silent = evaluations_of(matrix)
+    assert silent == [f"run ppo greedy is left out: {path}: all 80 answers are empty; there is nothing to compare"]
+    [result] = compare_runs(matrix, evaluations, Options()).values()
+    assert [each.evaluation.name for each in result.candidates] == ["sft hot", "ppo hot"]
+    assert overview(matrix, evaluations)[1][2] == ["ppo", "greedy", "-", "-"]
 
 
 @pytest.mark.parametrize(

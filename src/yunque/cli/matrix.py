@@ -43,7 +43,7 @@ def matrix(
     if dry_run:
         for run in found.runs:
             state = "finished" if run.finished else "to do"
-            say(f"{run.name(found.varied) or run.values['model']}: {state}: {run.folder}")
+            say(f"{matrices.label(found, run)}: {state}: {run.folder}")
         return
 
     def evaluate(run: Run) -> None:
@@ -89,9 +89,9 @@ def _report(found: Matrix, output_dir: Path, options: Any) -> None:
     from yunque.evaluation import comparison, error_types, report, writing
     from yunque.evaluation import matrix as matrices
 
-    evaluations = matrices.evaluations_of(found)
+    evaluations, silent = matrices.evaluations_of(found)
     writing.write_whole(output_dir / "errors.csv", error_types.error_table(evaluations, found.rules))
-    results = matrices.compare_runs(found, options)
+    results = matrices.compare_runs(found, evaluations, options)
     console = Console()
     if not console.is_terminal:
         console.width = _FILE_WIDTH_CHARS
@@ -105,6 +105,8 @@ def _report(found: Matrix, output_dir: Path, options: Any) -> None:
         numbers["comparisons"][context] = comparison.as_json(result)
     text = json.dumps(numbers, indent=2, ensure_ascii=False, default=str) + "\n"
     writing.write_whole(output_dir / "comparison.json", text)
+    for line in silent:
+        print(line)
     print(f"Errors: {output_dir / 'errors.csv'}")
     if not results:
         print("No context has two runs: there is nothing to compare")
@@ -113,7 +115,7 @@ def _report(found: Matrix, output_dir: Path, options: Any) -> None:
         list(results.values()),
         title="Experiment matrix",
         names=[name or "all" for name in results],
-        overview=matrices.overview(found),
+        overview=matrices.overview(found, evaluations),
     )
     writing.write_whole(output_dir / "report.html", page)
     print(f"Report: {output_dir / 'report.html'}")

@@ -20,6 +20,10 @@ GENERATIONS = "generations.jsonl"
 _PARTS = ".parts"  # of an evaluation that is not finished
 
 
+class NoAnswers(InputError):
+    """A model answered nothing at all."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One model's answers: ``scores`` by metric, in shown units, of shape [num_rows]; NaN where a row has none."""
@@ -108,7 +112,7 @@ def read_evaluation(folder: str | Path, name: str = "") -> Evaluation:
         raise InputError(f"{path / GENERATIONS}: id {max(ids, key=ids.count)} stands there more than once")
     answers = [row["answer"] for row in rows]
     if not any(answer.strip() for answer in answers):
-        raise InputError(f"{path / GENERATIONS}: all {len(rows)} answers are empty; there is nothing to compare")
+        raise NoAnswers(f"{path / GENERATIONS}: all {len(rows)} answers are empty; there is nothing to compare")
     return Evaluation(
         name or str(folder), path, settings, ids, [row["prompt"] for row in rows],
         [_references(row) for row in rows], answers, _scores(rows, path / GENERATIONS),

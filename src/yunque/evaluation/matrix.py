@@ -9,13 +9,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from yunque.artifacts import MANIFEST, sha256_bytes, sha256_file
 from yunque.errors import InputError, Stopped
 from yunque.evaluation.comparison import Comparison, Options, compare
 from yunque.evaluation.error_types import ErrorRules
-from yunque.evaluation.evaluations import EVALUATION, Evaluation, read_evaluation
+from yunque.evaluation.evaluations import EVALUATION, Evaluation, NoAnswers, read_evaluation
 from yunque.evaluation.gates import Gate, parse_gate
 from yunque.evaluation.scores import in_order, score_kind
 
@@ -103,78 +104,85 @@ def run_matrix(matrix: Matrix, evaluate: Callable[[Run], None], say: Callable[[s
         Stopped: a signal came during a run.
     """
     for number, run in enumerate(matrix.runs, 1):
-        label = run.name(matrix.varied) or run.values["model"]
+        name = label(matrix, run)
         state = "finished before" if run.finished else "evaluating"
-        say(f"run {number} of {len(matrix.runs)}: {label}: {state}")
+        say(f"run {number} of {len(matrix.runs)}: {name}: {state}")
         if run.finished:
             continue
         try:
             evaluate(run)
         except Stopped as error:
-            raise Stopped(f"{label}: {error}; the same command goes on") from error
+            raise Stopped(f"{name}: {error}; the same command goes on") from error
         except InputError as error:
-            raise InputError(f"run {label}: {error}") from error
+            raise InputError(f"run {name}: {error}") from error
 
 
-def evaluations_of(matrix: Matrix) -> dict[str, Evaluation]:
-    """The finished evaluations by the names of their runs."""
-    found = {}
+def label(matrix: Matrix, run: Run) -> str:
+    """The run's values on the axes that vary, or its model."""
+    return run.name(matrix.varied) or run.values["model"]
+
+
+def evaluations_of(matrix: Matrix) -> tuple[dict[str, Evaluation], list[str]]:
+    """The evaluations by the labels of their runs, and a line for each run that answered nothing."""
+    found: dict[str, Evaluation] = {}
+    silent = []
     for run in matrix.runs:
-        name = run.name(matrix.varied) or run.values["model"]
-        found[name] = read_evaluation(run.folder, name)
-    return found
+        name = label(matrix, run)
+        try:
+            found[name] = read_evaluation(run.folder, name)
+        except NoAnswers as error:
+            silent.append(f"run {name} is left out: {error}")
+    return found, silent
 
 
-def compare_runs(matrix: Matrix, options: Options) -> dict[str, Comparison]:
+def compare_runs(matrix: Matrix, evaluations: Mapping[str, Evaluation], options: Options) -> dict[str, Comparison]:
     """One comparison per context with at least two runs, by the context's name: all its runs against its baseline.
 
     Raises:
-        InputError: as ``compare``.
+        InputError: as ``compare``; the baseline or the base answered nothing.
     """
-    evaluations = list(evaluations_of(matrix).values())
-    by_context: dict[str, list[int]] = {}
-    for number, run in enumerate(matrix.runs):
-        by_context.setdefault(run.values.get("context", ""), []).append(number)
+    by_context: dict[str, list[Run]] = {}
+    for run in matrix.runs:
+        by_context.setdefault(run.values.get("context", ""), []).append(run)
+    options = replace(options, same_prompts="prompt" not in matrix.varied)
     comparisons = {}
-    for context, numbers in by_context.items():
-        if len(numbers) < 2:
-            continue
-        first = _pick(matrix, numbers, matrix.baseline)
-        base = None if matrix.base is None else _pick(matrix, numbers, matrix.base)
-        others = [evaluations[number] for number in numbers if number not in (first, base)]
+    for context, runs in by_context.items():
+        first = label(matrix, _pick(runs, matrix.baseline))
+        base = None if matrix.base is None else label(matrix, _pick(runs, matrix.base))
+        for key, name in (("baseline", first), ("base", base)):
+            if name is not None and name not in evaluations:
+                raise InputError(f"{key}: run {name} answered nothing; choose another {key}")
+        names = [label(matrix, run) for run in runs]
+        others = [evaluations[name] for name in names if name not in (first, base) and name in evaluations]
         if others:
-            comparisons[context] = compare(
-                evaluations[first],
-                others,
-                gates=matrix.gates,
-                base=None if base is None else evaluations[base],
-                options=replace(options, same_prompts="prompt" not in matrix.varied),
-            )
+            before = None if base is None else evaluations[base]
+            found = compare(evaluations[first], others, gates=matrix.gates, base=before, options=options)
+            comparisons[context] = found
     return comparisons
 
 
-def _pick(matrix: Matrix, numbers: Sequence[int], wanted: Mapping[str, str]) -> int:
-    """The first of the runs with the wanted values."""
+def _pick(runs: Sequence[Run], wanted: Mapping[str, str]) -> Run:
+    """The first of the runs of a context with the wanted values."""
     axes = {axis: value for axis, value in wanted.items() if axis != "context"}
-    return next(number for number in numbers if axes.items() <= matrix.runs[number].values.items())
+    return next(run for run in runs if axes.items() <= run.values.items())
 
 
-def overview(matrix: Matrix, metrics: int = 8) -> tuple[list[str], list[list[str]]]:
+def overview(
+    matrix: Matrix, evaluations: Mapping[str, Evaluation], metrics: int = 8
+) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table: each run's values on the axes and its first metrics."""
-    evaluations = list(evaluations_of(matrix).values())
-    common = set.intersection(*(set(each.scores) for each in evaluations))
-    names = in_order(common)[:metrics]
+    names = in_order(set.intersection(*(set(each.scores) for each in evaluations.values())))[:metrics]
     axes = matrix.varied or ["model"]
-    rows = [
-        [run.values[axis] for axis in axes] + [score_kind(name).show(float(_mean(evaluation, name))) for name in names]
-        for run, evaluation in zip(matrix.runs, evaluations, strict=True)
-    ]
+    rows = []
+    for run in matrix.runs:
+        evaluation = evaluations.get(label(matrix, run))
+        means = [_mean(evaluation, name) if evaluation else "-" for name in names]
+        rows.append([*(run.values[axis] for axis in axes), *means])
     return [*axes, *(score_kind(name).label for name in names)], rows
 
 
-def _mean(evaluation: Evaluation, name: str) -> float:
-    values = evaluation.scores[name]
-    return float(values[values == values].mean())
+def _mean(evaluation: Evaluation, name: str) -> str:
+    return score_kind(name).show(float(np.nanmean(evaluation.scores[name])))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

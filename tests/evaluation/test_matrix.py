@@ -92,9 +92,9 @@ def test_runs_are_compared_with_the_baseline_of_their_context(tmp_path):
     assert results["b"].baseline.name == "ppo b"
     assert [each.evaluation.name for each in results["b"].candidates] == ["sft b"]
     assert results["b"].not_proved() == ["sft b toxicity<=+0.1 (failed)"]
-    header, rows = overview(matrix, evaluations)
-    assert header == ["model", "context", "Toxicity", "ROUGE-L"]
-    assert rows[0] == ["sft", "a", f"{np.mean(evaluations['sft a'].scores['toxicity']):.3f}", "40.00"]
+    table = overview(matrix, evaluations)
+    assert table["header"] == ["model", "context", "Toxicity", "ROUGE-L"]
+    assert table["rows"][0] == ["sft", "a", f"{np.mean(evaluations['sft a'].scores['toxicity']):.3f}", "40.00"]
 
 
 def test_a_model_that_answers_nothing_is_left_out_of_the_comparison_and_said(tmp_path):
@@ -107,7 +107,7 @@ def test_a_model_that_answers_nothing_is_left_out_of_the_comparison_and_said(tmp
     assert silent == [f"run ppo greedy is left out: {path}: all 80 answers are empty; there is nothing to compare"]
     [result] = compare_runs(matrix, evaluations, Options()).values()
     assert [each.evaluation.name for each in result.candidates] == ["sft hot", "ppo hot"]
-    assert overview(matrix, evaluations)[1][2] == ["ppo", "greedy", "-", "-"]
+    assert overview(matrix, evaluations)["rows"][2] == ["ppo", "greedy", "-", "-"]
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ class Candidate:
     rank_by: str
     changed: list[int]
 
+    @property
+    def same(self) -> list[str]:
+        """Metrics that are equal on all pairs."""
+        return [name for name, one in self.differences.items() if one.ties == one.num_pairs]
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -242,7 +247,7 @@ def _metrics_table(comparison: Comparison, candidate: Candidate, short: bool) ->
 
     baseline, ours = comparison.baseline, candidate.evaluation
     confidence = f"{comparison.options.resampling.confidence * 100:g} %"
-    same = [name for name, one in candidate.differences.items() if one.ties == one.num_pairs]
+    same = candidate.same
     table = Table(
         title=f"{ours.name} against {baseline.name}: {len(ours.ids):,} pairs",
         caption=f"Equal on all pairs: {', '.join(same)}" if same else None,

@@ -167,10 +167,8 @@ def _pick(runs: Sequence[Run], wanted: Mapping[str, str]) -> Run:
     return next(run for run in runs if axes.items() <= run.values.items())
 
 
-def overview(
-    matrix: Matrix, evaluations: Mapping[str, Evaluation], metrics: int = 8
-) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table: each run's values on the axes and its first metrics."""
+def overview(matrix: Matrix, evaluations: Mapping[str, Evaluation], metrics: int = 8) -> dict[str, Any]:
+    """A table: each run's values on the ``axes`` that vary (their number) and its first metrics; header and rows."""
     names = in_order(set.intersection(*(set(each.scores) for each in evaluations.values())))[:metrics]
     axes = matrix.varied or ["model"]
     rows = []
@@ -178,7 +176,8 @@ def overview(
         evaluation = evaluations.get(label(matrix, run))
         means = [_mean(evaluation, name) if evaluation else "-" for name in names]
         rows.append([*(run.values[axis] for axis in axes), *means])
-    return [*axes, *(score_kind(name).label for name in names)], rows
+    header = [*axes, *(score_kind(name).label for name in names)]
+    return {"axes": len(axes), "header": header, "rows": rows}
 
 
 def _mean(evaluation: Evaluation, name: str) -> str:

@@ -44,9 +44,9 @@ def render(
     *,
     title: str | None = None,
     names: Sequence[str] = (),
-    overview: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None,
+    overview: Mapping[str, Any] | None = None,
 ) -> str:
-    """The page of at least one comparison; ``names`` tells several apart, ``overview`` is a table's header and rows."""
+    """The page of at least one comparison; ``names`` tells several apart, ``overview`` is a table of them."""
     first = comparisons[0]
     names = list(names) or [_default_name(each) for each in comparisons]
     evaluations = _unique(each for comparison in comparisons for each in _evaluations(comparison))
@@ -143,12 +143,13 @@ def _gate(model: str, verdict: Verdict) -> dict[str, Any]:
 
 
 def _table(comparison: Comparison, candidate: Candidate) -> dict[str, Any]:
-    baseline, ours = comparison.baseline, candidate.evaluation
+    baseline, ours, same = comparison.baseline, candidate.evaluation, candidate.same
     return {
         "baseline": baseline.name,
         "candidate": ours.name,
         "where": f"{_data(baseline)}, {len(ours.ids):,} prompts",
-        "rows": [_row(name, one, baseline, ours) for name, one in candidate.differences.items()],
+        "rows": [_row(name, one, baseline, ours) for name, one in candidate.differences.items() if name not in same],
+        "same": ", ".join(score_kind(name).label.lower() for name in same),
     }
 
 
@@ -193,7 +194,7 @@ def _data(evaluation: Evaluation) -> str:
     data = evaluation.settings.get("data")
     first = data[0] if isinstance(data, list) and data else data
     parts = [settings_value(first or {}, key) for key in ("name", "split")]
-    return " ".join(str(part) for part in parts if part) or "unnamed data"
+    return " ".join(Path(str(part)).name for part in parts if part) or "unnamed data"
 
 
 def _road(evaluation: Evaluation) -> dict[str, Any]:

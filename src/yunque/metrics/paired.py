@@ -20,6 +20,7 @@ POWER = 0.8
 
 _BLOCK_VALUES = 4_000_000  # counts of resampled pairs held at once: 32 MB while drawn, 16 MB as weights
 _BLOCK_COLUMNS = 64  # columns whose resampled means are held at once
+_MOST_STUDENTS = 2.0  # where two pairs differ at all, resamples may have any spread; counts of events need this much
 _CELLS = 100_001  # of the numerical integral behind the quantile of Student's t
 
 
@@ -103,7 +104,8 @@ def mean_intervals(columns: np.ndarray, how: Resampling = DEFAULT) -> list[Inter
 
     The outer ends of two intervals: the studentised bootstrap, mean - q(t*) s / sqrt(n) (Efron and Tibshirani 1993,
     section 12.5), which follows skewed scores, and Student's t, which holds where few pairs differ at all and
-    resamples lose them. docs/compare.md has the coverage of each. Equal values give an interval of width 0.
+    resamples lose them; a studentised end is at most twice as far as Student's. docs/compare.md has the coverage.
+    Equal values give an interval of width 0.
 
     Raises:
         InputError: no rows, values that are not finite.
@@ -122,8 +124,8 @@ def mean_intervals(columns: np.ndarray, how: Resampling = DEFAULT) -> list[Inter
         statistics = _studentised_means(centred[:, part], how)
         # "nearest" keeps resamples without any spread, whose statistic is infinite, from making the others NaN
         quantiles[:, part] = np.quantile(statistics, [tail, 1 - tail], axis=0, method="nearest")
-    quantiles = np.where(np.isfinite(quantiles), quantiles, 0.0)  # too few pairs differ: Student's t alone
     student = student_quantile(1 - tail, num_pairs - 1) * math.sqrt(num_pairs / (num_pairs - 1))
+    quantiles = np.clip(quantiles, -_MOST_STUDENTS * student, _MOST_STUDENTS * student)
     error = scale / math.sqrt(num_pairs)
     lows = means - np.maximum(quantiles[1], student) * error
     highs = means - np.minimum(quantiles[0], -student) * error

@@ -1,6 +1,8 @@
 import csv
 import json
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import evaluated
@@ -165,9 +167,19 @@ def test_error_types_follow_their_rules(tmp_path):
     assert (lines[0]["prediction"], lines[1]["prediction"], lines[1]["reference"]) == (*answers[:2], "s")
 
 
-def test_the_command_evaluates_tiny_models_for_real_and_skips_them_the_second_time(
+def test_the_example_of_the_documentation_is_read(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
+    path = tmp_path / "experiments.yaml"
+    path.write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    matrix = read_matrix(path, tmp_path)
+    assert (len(matrix.runs), matrix.varied) == (12, ["model", "prompt", "decoding"])
+    assert matrix.baseline == {"model": "ppo", "prompt": "plain", "decoding": "greedy"}
+
+
+def test_the_command_on_tiny_models_for_real_the_gate_passes_the_copy_and_rejects_the_other(
     kinds, tmp_path, monkeypatch, capsys
 ):
+    """The first time all are evaluated, the second time none."""
     import torch
 
     from yunque import cli
@@ -179,11 +191,13 @@ def test_the_command_evaluates_tiny_models_for_real_and_skips_them_the_second_ti
     common = {"dataset_name": str(kinds.rows), "max_new_tokens": 6, "latency_prompts": 0}
     common["toxicity_model_name_or_path"] = str(kinds.classifier)
     axes = {
-        "model": {"t5": str(kinds.t5), "tuned": str(kinds.adapter)},
+        "model": {"t5": str(kinds.t5), "copy": str(tmp_path / "copy"), "tuned": str(kinds.adapter)},
         "prompt": {"plain": "Sum: {text}"},
         "decoding": AXES["decoding"],
     }
-    path = matrix_file(tmp_path, axes=axes, evaluate=common)
+    shutil.copytree(kinds.t5, tmp_path / "copy")
+    gates = ["nll<=+0.05"]
+    path = matrix_file(tmp_path, axes=axes, evaluate=common, gates=gates)
 
     def run(*options):
         monkeypatch.setattr(
@@ -195,17 +209,19 @@ def test_the_command_evaluates_tiny_models_for_real_and_skips_them_the_second_ti
         return SimpleNamespace(code=left.value.code, **capsys.readouterr()._asdict())
 
     listed = run("--dry_run")
-    assert (listed.code, listed.out.count("to do")) == (0, 4)
+    assert (listed.code, listed.out.count("to do")) == (0, 6)
     assert not (tmp_path / "out").exists()
     first = run()
-    assert first.code == 0, first.err
+    assert first.code == 1, first.err
+    assert "failed: 2 of 5 gates not proved: tuned greedy nll<=+0.05" in first.err
+    assert "tuned hot nll<=+0.05" in first.err
     numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert len(numbers["runs"]) == 4
+    assert len(numbers["runs"]) == 6
     assert set(numbers["comparisons"][""]["candidates"][0]["metrics"]) >= {"toxicity", "rougeL", "nll", "length"}
     assert "tuned hot" in (tmp_path / "out" / "report.html").read_text()
     assert (tmp_path / "out" / "errors.csv").read_text().startswith("run,id,prompt,prediction,reference,error_type")
     second = run()
-    assert (second.code, second.out.count("finished before")) == (0, 4)
+    assert (second.code, second.out.count("finished before")) == (1, 6)
     matrix_file(tmp_path, axes=axes, evaluate=common | {"max_new_tokns": 3})
     assert (run().code, "unknown argument --max_new_tokns" in run().err) == (2, True)
     torch.set_num_threads(threads)

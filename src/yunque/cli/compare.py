@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from yunque import errors
+
+if TYPE_CHECKING:
+    from yunque.evaluation.comparison import Comparison
 
 _FILE_WIDTH_CHARS = 130  # of tables where there is no terminal to fit
 
@@ -47,36 +50,53 @@ def compare(
 ) -> None:
     """Compare models on the same prompts, with intervals, gates and a report."""
     try:
-        import rich.console
-
-        from yunque.evaluation import comparison, error_types, evaluations, gates, writing
+        from yunque.evaluation import comparison, evaluations, gates
         from yunque.metrics import paired
     except ImportError as error:
         raise errors.InputError(f"yunque compare needs {error.name}; pip install 'yunque[train]'") from error
-    for path in (html, json_file, error_file):
-        if path is not None:
-            writing.check_writable(path)
+    _check_files(html, json_file, error_file)
     limits = [gates.parse_gate(text) for text in gate or ()]
+    options = comparison.Options(paired.Resampling(resamples, confidence, seed), rank_by, not different_prompts)
     if len(folders) < 2:
         raise errors.InputError("compare: give at least two evaluations, the first to compare the others with")
     opened = evaluations.open_evaluations([*folders, *([base] if base else [])])
     models, before = (opened[:-1], opened[-1]) if base else (opened, None)
-    baseline, *candidates = models
-    options = comparison.Options(paired.Resampling(resamples, confidence, seed), rank_by, not different_prompts)
-    result = comparison.compare(baseline, candidates, gates=limits, base=before, options=options)
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH_CHARS
-    comparison.print_comparison(console, result, rows)
-    if json_file is not None:
-        writing.write_whole(json_file, json.dumps(comparison.as_json(result), indent=2, ensure_ascii=False) + "\n")
-    if error_file is not None:
-        writing.write_whole(error_file, error_types.error_table({each.name: each for each in models}))
-    if html is not None:
-        from yunque.evaluation import report
-
-        writing.write_whole(html, report.render([result]))
-        print(f"Report: {html}")
+    result = comparison.compare(models[0], models[1:], gates=limits, base=before, options=options)
+    show(result, rows)
+    _write(result, html, json_file, error_file)
     unproved = result.not_proved()
     if unproved:
         raise errors.CheckFailed(f"{len(unproved)} of {len(result.verdicts)} gates not proved: {', '.join(unproved)}")
+
+
+def show(result: Comparison, rows: int) -> None:
+    """Print a comparison as wide as the terminal, or wide enough for all columns where there is none."""
+    from rich.console import Console
+
+    from yunque.evaluation.comparison import print_comparison
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH_CHARS
+    print_comparison(console, result, rows)
+
+
+def _check_files(*paths: Path | None) -> None:
+    from yunque.evaluation.writing import check_writable
+
+    for path in paths:
+        if path is not None:
+            check_writable(path)
+
+
+def _write(result: Comparison, html: Path | None, json_file: Path | None, error_file: Path | None) -> None:
+    from yunque.evaluation import comparison, error_types, report, writing
+
+    if json_file is not None:
+        writing.write_whole(json_file, json.dumps(comparison.as_json(result), indent=2, ensure_ascii=False) + "\n")
+    if error_file is not None:
+        models = [result.baseline, *(each.evaluation for each in result.candidates)]
+        writing.write_whole(error_file, error_types.error_table({each.name: each for each in models}))
+    if html is not None:
+        writing.write_whole(html, report.render([result]))
+        print(f"Report: {html}")

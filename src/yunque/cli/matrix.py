@@ -14,8 +14,6 @@ from yunque import errors
 if TYPE_CHECKING:
     from yunque.evaluation.matrix import Matrix, Run
 
-_FILE_WIDTH_CHARS = 130  # of tables where there is no terminal to fit
-
 
 def matrix(
     file: Annotated[Path, typer.Argument(help="YAML with axes, evaluate, gates (docs/compare.md).", metavar="FILE")],
@@ -84,24 +82,20 @@ def _parse(file: Path, run: Run) -> tuple[tuple[Any, ...], list[str]]:
 
 
 def _report(found: Matrix, output_dir: Path, options: Any) -> None:
-    from rich.console import Console
-
+    from yunque.cli.compare import show
     from yunque.evaluation import comparison, error_types, report, writing
     from yunque.evaluation import matrix as matrices
 
     evaluations, silent = matrices.evaluations_of(found)
     writing.write_whole(output_dir / "errors.csv", error_types.error_table(evaluations, found.rules))
     results = matrices.compare_runs(found, evaluations, options)
-    console = Console()
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH_CHARS
     numbers: dict[str, Any] = {
         "runs": [{"values": run.values, "folder": str(run.folder), "options": run.options} for run in found.runs],
         "errors": error_types.count_errors(list(evaluations.values()), found.rules),
         "comparisons": {},
     }
     for context, result in results.items():
-        comparison.print_comparison(console, result, rows=0)
+        show(result, rows=0)
         numbers["comparisons"][context] = comparison.as_json(result)
     text = json.dumps(numbers, indent=2, ensure_ascii=False, default=str) + "\n"
     writing.write_whole(output_dir / "comparison.json", text)

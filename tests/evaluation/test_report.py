@@ -157,6 +157,11 @@ def test_search_sort_and_choices_work(page, browser):
 def test_it_fits_a_phone_and_is_readable(page, browser, dark):
     browser.open(page, PHONE, dark=dark)
     assert browser.evaluate("document.documentElement.scrollWidth") == PHONE[0]
+    wide = "[...document.querySelectorAll('section, .scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+    for width in (PHONE[0], 800, 1190, 1210, 1280):
+        browser.open(page, (width, 900), dark=dark)
+        assert browser.evaluate(wide) == 0, width
+    browser.open(page, PHONE, dark=dark)
     unlabelled = (
         "[...document.querySelectorAll('input, select')].filter(e => !e.labels.length).length"
         " + [...document.querySelectorAll('svg')].filter(e => !e.getAttribute('aria-label')).length"

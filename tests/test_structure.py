@@ -15,7 +15,7 @@ FOLDERS = {".ci", "bench", "compress", "docs", "launch", "recipes", "serve", "sl
 
 FLOORS = (
     *("errors", "arguments", "provenance", "artifacts", "runtime", "serving", "metrics", "data", "models"),
-    *("distributed", "rl", "compression", "export", "evaluation", "compat", "cli"),
+    *("distributed", "rl", "compression", "export", "evaluation", "compat", "cli", "__main__"),
 )
 """The library's rooms, lowest first: a room imports only from lower ones."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,21 +19,29 @@ NUM_ROWS = 23
 
 @pytest.fixture(scope="session")
 def kinds(tmp_path_factory):
-    """Folders t5, llama, adapter (LoRA on t5), nf4, int8 (both of t5), virtual (llama), classifier; file rows."""
+    """Folders t5, llama, adapter (LoRA on t5), nf4, int8, onnx (of t5), virtual, onnx_llama, classifier,
+    onnx_classifier; file rows."""
     root = tmp_path_factory.mktemp("kinds")
+    from yunque.artifacts import save_model_folder
+    from yunque.export.folder import write_folder
+    from yunque.export.source import load_source
+
     tokenizer = tiny.tokenizer(("Sum:",), bos_token=None)
     for name, build in (("t5", tiny.t5), ("llama", tiny.llama), ("classifier", tiny.roberta)):
         build().save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     _save_adapters(root, tokenizer)
     _save_quantized(root, tokenizer)
+    for name, source in (("onnx", "t5"), ("onnx_llama", "llama"), ("onnx_classifier", "classifier")):
+        loaded = load_source(str(root / source), "main", False)
+        save_model_folder(root / name, partial(write_folder, loaded), stage="onnx", parents=[str(root / source)])
     draw = random.Random(0)
     with (root / "rows.jsonl").open("w") as file:
         for number in range(NUM_ROWS):
             words = [f"w{draw.randrange(8, tiny.VOCABULARY)}" for _ in range(draw.randint(3, 20))]
             row = {"id": f"r{number}", "dialogue": " ".join(words), "summary": " ".join(words[:4])}
             file.write(json.dumps(row) + "\n")
-    names = ("t5", "llama", "adapter", "virtual", "nf4", "int8", "classifier")
+    names = ("t5", "llama", "adapter", "virtual", "nf4", "int8", "onnx", "onnx_llama", "classifier", "onnx_classifier")
     return SimpleNamespace(**{name: root / name for name in names}, rows=root / "rows.jsonl")
 
 

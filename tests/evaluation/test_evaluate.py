@@ -12,6 +12,9 @@ import torch
 from evaluating import generations, options, result, start
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from yunque.errors import InputError
+from yunque.evaluation.judging import ToxicityJudge
+
 JUDGED = {"toxicity_label": "hate", "per_device_eval_batch_size": 4}
 
 
@@ -47,6 +50,27 @@ def test_answers_and_scores_are_the_model_s_and_the_classifier_s(evaluate, kinds
     counts = [len(row["reference"].split()) for row in rows]
     nats = sum(count * row["scores"]["nll"] for count, row in zip(counts, rows, strict=True))
     assert metrics["perplexity"] == pytest.approx(math.exp(nats / sum(counts)))
+
+
+def test_a_judge_may_be_onnx_or_have_labels_of_their_own(kinds, tmp_path):
+    texts = ["w9 w10 w11", "", "w20 w21"]
+    judged = {}
+    for name in ("classifier", "onnx_classifier"):
+        judge = ToxicityJudge(str(getattr(kinds, name)), "hate")
+        judge.load(torch.device("cpu"))
+        judged[name] = judge.toxicity(texts)
+    assert math.isnan(judged["classifier"][1])
+    assert judged["onnx_classifier"] == pytest.approx(judged["classifier"], rel=1e-5, nan_ok=True)
+
+    multi = tmp_path / "multi"
+    tiny.roberta(("toxic", "threat"), problem_type="multi_label_classification").save_pretrained(multi)
+    tiny.tokenizer().save_pretrained(multi)
+    judge = ToxicityJudge(str(multi), "threat")
+    judge.load(torch.device("cpu"))
+    logits = judge.scorer.logits(["w9 w10"])[0]
+    assert judge.toxicity(["w9 w10"]) == [pytest.approx(1 / (1 + math.exp(-logits[1])))]
+    with pytest.raises(InputError, match="is a language model; give a classifier"):
+        ToxicityJudge(str(kinds.onnx), "hate")
 
 
 def test_evaluation_json_says_what_was_done(evaluate, kinds):
@@ -87,6 +111,32 @@ def test_every_kind_of_folder_is_answered_as_it_is(evaluate, kinds, tmp_path):
     assert answers["virtual"] != answers["llama"]
     alike = sum(ours == theirs for ours, theirs in zip(answers["int8"], answers["t5"], strict=True))
     assert alike >= 3, "int8 is a rounding of the same model"
+
+
+@pytest.mark.parametrize(("torch_kind", "onnx_kind"), [("t5", "onnx"), ("llama", "onnx_llama")])
+def test_an_onnx_folder_is_answered_and_scored_as_its_torch_folder(evaluate, kinds, tmp_path, torch_kind, onnx_kind):
+    both = {}
+    for kind in (torch_kind, onnx_kind):
+        done = evaluate(kind, tmp_path / kind, toxicity_model_name_or_path=kinds.classifier)
+        assert done.code == 0, done.errors
+        both[kind] = generations(done.folder)
+    for ours, theirs in zip(both[onnx_kind], both[torch_kind], strict=True):
+        for name in ("id", "prompt", "answer", "tokens", "finished"):
+            assert ours[name] == theirs[name]
+        assert ours["scores"] == pytest.approx(theirs["scores"], rel=1e-4, abs=1e-6)
+    found = result(tmp_path / onnx_kind)["model"]
+    assert found["kind"] == "onnx"
+    assert found["bytes"] > found["weights_bytes"] > 10_000
+    # sampling: of its own random numbers, but of the same ones in any batch
+    sampled = []
+    for size in (1, 8):
+        done = evaluate(
+            onnx_kind, tmp_path / f"{onnx_kind}{size}", temperature=[0.9], top_k=[20], max_test_samples=8,
+            per_device_eval_batch_size=size, latency_prompts=0,
+        )  # fmt: skip
+        assert done.code == 0, done.errors
+        sampled.append([row["answer"] for row in generations(done.folder)])
+    assert sampled[0] == sampled[1] != [row["answer"] for row in both[onnx_kind]][:8]
 
 
 def test_any_file_with_the_columns_does_and_references_may_be_missing(evaluate, tmp_path):
@@ -189,6 +239,16 @@ def test_self_consistency_scores_the_answer_of_the_majority(evaluate, tmp_path):
                for row in generations(done.folder))  # fmt: skip
 
 
+def test_dola_answers_otherwise(evaluate, tmp_path):
+    given = {"max_test_samples": 6, "latency_prompts": 0}
+    done = evaluate("llama", dola_layers="high", **given)
+    assert done.code == 0, done.errors
+    assert result(done.folder)["decoding"]["method"] == "dola_greedy"
+    plain = evaluate("llama", tmp_path / "plain", **given)
+    assert [row["answer"] for row in generations(done.folder)] != [row["answer"] for row in generations(plain.folder)]
+    assert result(done.folder)["metrics"]["nll"] == result(plain.folder)["metrics"]["nll"]
+
+
 # --- ranks, kills, resumption -----------------------------------------------------------------------------------------
 
 
@@ -220,7 +280,7 @@ def test_two_ranks_and_a_kill_leave_the_metrics_of_one_run(evaluate, kinds, tmp_
     given = {"dataset_name": kinds.rows, "prompt_template": "Sum: {text}", "max_new_tokens": 6, **judged}
     folder = tmp_path / "ranks"
     process = start(["evaluate", kinds.t5, *options(**given, output_dir=folder)], ranks=2)
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-3000:]
     assert output.count("written:") == 1
     assert result(folder)["speed"]["num_ranks"] == 2
@@ -229,7 +289,7 @@ def test_two_ranks_and_a_kill_leave_the_metrics_of_one_run(evaluate, kinds, tmp_
 
     killed = tmp_path / "killed"
     process = start(["evaluate", kinds.t5, *options(**given, output_dir=killed)], code=KILLED)
-    assert process.wait(timeout=240) == -signal.SIGKILL
+    assert process.wait(timeout=600) == -signal.SIGKILL
     assert (killed / ".parts" / "answers" / "rank-0000.jsonl").read_bytes().endswith(b'"seco')
     assert not (killed / "evaluation.json").exists()
     refused = evaluate("t5", killed, **judged)
@@ -310,9 +370,13 @@ def test_a_finished_evaluation_is_kept_continued_or_replaced(evaluate, tmp_path)
         ("t5", {"temperature": [-1]}, "temperature: -1.0 is negative"),
         ("t5", {"format_pattern": "("}, "format_pattern: '(' is no regular expression"),
         ("t5", {"nonsense": 1}, "--nonsense"),
-        ("t5", {"dola_layers": "high"}, "dola_layers"),
+        ("t5", {"dola_layers": "high"}, "t5 is an encoder-decoder"),
+        ("llama", {"dola_layers": "1,2"}, "dola_layers: '1,2' is unknown"),
+        ("virtual", {"dola_layers": "low"}, "virtual tokens"),
         ("virtual", {"temperature": [0.7]}, "virtual tokens"),
         ("nf4", {"load_in_4bit": True}, "stored as nf4 already"),
+        ("onnx", {"dola_layers": "low"}, "no logits of inner layers"),
+        ("onnx", {"load_in_4bit": True}, "ONNX folder runs as it is stored"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(evaluate, kinds, folder, given, words):

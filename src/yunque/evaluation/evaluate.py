@@ -96,17 +96,38 @@ def evaluate(
         del generator
         for _, folder in todo:
             _judge(work, folder, signal)
-    if accelerator.is_main_process:
-        results = [
-            finish(work, setting, folder, _rows(work, setting, folder), speed)
-            for (setting, folder), speed in zip(todo, speeds, strict=True)
-        ]
-        if len(folders) > 1:
-            write_sweep(Path(args.output_dir), settings, folders)
-        for (_, folder), result in zip(todo, results, strict=True):
-            show(console, folder.path, result)
-    accelerator.wait_for_everyone()
+    _finish(work, todo, speeds, settings, folders)
     accelerator.end_training()
+
+
+def _finish(
+    work: Work,
+    todo: Sequence[tuple[Setting, EvaluationFolder]],
+    speeds: Sequence[dict[str, Any]],
+    settings: Sequence[Setting],
+    folders: Sequence[EvaluationFolder],
+) -> None:
+    """Score and write on the main process.
+
+    Raises:
+        InputError: what it met, on every rank.
+    """
+    problem = None
+    if work.accelerator.is_main_process:
+        try:
+            results = [
+                finish(work, setting, folder, _rows(work, folder), speed)
+                for (setting, folder), speed in zip(todo, speeds, strict=True)
+            ]
+            if len(folders) > 1:
+                write_sweep(Path(work.args.output_dir), settings, folders)
+            for (_, folder), result in zip(todo, results, strict=True):
+                show(work.console, folder.path, result)
+        except InputError as error:
+            problem = str(error)
+    met = [text for text in gather_object([problem]) if text is not None]
+    if met:
+        raise InputError(met[0])
 
 
 def _checks(decoding: DecodingArguments, args: EvaluationArguments) -> list[Check]:
@@ -142,7 +163,7 @@ def _answered_batch(work: Work, setting: Setting, generator: Generator, rows: Se
     count, args, prompts = setting.num_samples, work.args, work.prompts
     expression = None if setting.vote_pattern is None else compile_pattern(setting.vote_pattern, "vote_pattern")
     queries = [prompts.input_ids[row] for row in rows]
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     drawn = [
         generator.answers(
             queries,
@@ -152,7 +173,7 @@ def _answered_batch(work: Work, setting: Setting, generator: Generator, rows: Se
         )
         for number in range(count)
     ]
-    seconds = time.perf_counter() - begin
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
     texts = [_decoded(generator, [answer.tokens for answer in answers]) for answers in drawn]
     found: list[Record] = []
     for place, row in enumerate(rows):
@@ -172,7 +193,7 @@ def _answered_batch(work: Work, setting: Setting, generator: Generator, rows: Se
     for record in found:
         record |= losses.get(record["row"], {})
     tokens = sum(len(answer.tokens) + answer.finished for answers in drawn for answer in answers)
-    return {"seconds": seconds, "new_tokens": tokens, "rows": found}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "new_tokens": tokens, "rows": found}
 
 
 def _losses(work: Work, generator: Generator, rows: Sequence[int]) -> dict[int, Record]:
@@ -259,7 +280,7 @@ def _shown(share: Sequence[int], name: str, done: int, visible: bool) -> Iterato
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _rows(work: Work, setting: Setting, folder: EvaluationFolder) -> list[AnsweredRow]:
+def _rows(work: Work, folder: EvaluationFolder) -> list[AnsweredRow]:
     """The rows with everything that all ranks found, in the order of the data."""
     found: dict[int, Record] = {}
     for progress in (folder.answers, folder.toxicity) if work.judge is not None else (folder.answers,):

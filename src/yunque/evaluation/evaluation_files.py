@@ -126,7 +126,7 @@ def finish(
         InputError: as ``score``.
     """
     metrics, notes = score(rows, work.checks)
-    if work.judge is not None and work.judge.scorer is not None and work.judge.scorer.truncated_texts:
+    if work.judge is not None and work.judge.truncated_texts:
         notes.append("toxicity: some answers were longer than the classifier reads; their ends were judged")
     if work.args.reference_loss and any(row.references for row in rows) and "nll" not in metrics:
         notes.append("nll and perplexity are left out: this folder's engine does not give them")
@@ -240,13 +240,15 @@ def _fingerprint(name: str) -> str:
 def _speed(work: Work, folder: EvaluationFolder, measured: dict[str, Any]) -> dict[str, Any]:
     """Figures of this machine, which the metrics leave out: they differ from run to run."""
     records = folder.answers.records().values()
-    seconds = sum(record["seconds"] for record in records)
-    tokens = sum(record["new_tokens"] for record in records)
+    seconds, cpu_seconds, tokens = (
+        sum(record[name] for record in records) for name in ("seconds", "cpu_seconds", "new_tokens")
+    )
     latencies = measured["first_token_s"]
     return {
         "generation_s": seconds,
         "new_tokens": tokens,
         "tokens_per_s": tokens / seconds,
+        "tokens_per_cpu_s": tokens / cpu_seconds if cpu_seconds else None,
         "first_token_s": {
             "median": float(np.median(latencies)),
             "p90": float(np.quantile(latencies, 0.9)),

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from peft import PeftModel
 
 from yunque.errors import InputError
 from yunque.evaluation.settings import Setting
 from yunque.models.adapter import TokenIds, adapter_for
 from yunque.models.arguments import GenerationArguments, ModelArguments
 from yunque.models.decoding import length_batches
+from yunque.models.dola import DolaModel
 from yunque.models.inference import InferenceModel, load_for_inference, model_bytes
 from yunque.models.policy import has_plain_head, score_tokens
 from yunque.models.quantized import weight_bytes
 from yunque.rl.rollout import generate
-
-ONNX = "onnx"
 
 
 class Answer(NamedTuple):
@@ -80,8 +80,12 @@ def load_generator(args: ModelArguments, device: torch.device) -> Generator:
     """Load the model folder ``args.model_name_or_path`` of whatever kind.
 
     Raises:
-        InputError: as ``load_for_inference``; an ONNX folder.
+        InputError: as ``load_for_inference``; an ONNX folder that the runtime cannot read.
     """
+    from yunque.evaluation.onnx_generator import OnnxGenerator, is_onnx
+
+    if is_onnx(str(args.model_name_or_path)):
+        return OnnxGenerator(args)
     return TorchGenerator(load_for_inference(args), str(args.model_name_or_path), device)
 
 
@@ -105,7 +109,7 @@ class TorchGenerator:
         if self.loaded.has_virtual_tokens and setting.options.temperature:
             raise InputError("temperature: a model of virtual tokens (prompt tuning) is evaluated greedily; give 0")
         if setting.dola_layers:
-            raise InputError("dola_layers: not supported")
+            self._contrasting(setting.dola_layers)
 
     def answers(
         self, queries: Sequence[TokenIds], setting: Setting, *, seed: int, samples: Sequence[int]
@@ -114,7 +118,8 @@ class TorchGenerator:
         options = setting.options
         if self.loaded.has_virtual_tokens:
             return self._answers_after_virtual_tokens(queries, options)
-        found = generate(self.model, self.adapter, queries, options, seed=seed, samples=samples, device=self.device)
+        model = self.model if setting.dola_layers is None else self._contrasting(setting.dola_layers)
+        found = generate(model, self.adapter, queries, options, seed=seed, samples=samples, device=self.device)
         return [Answer(row.tokens[:-1] if row.finished else row.tokens, row.finished) for row in found]
 
     @torch.no_grad()
@@ -161,6 +166,12 @@ class TorchGenerator:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return peak_resident_bytes()
+
+    def _contrasting(self, layers: str) -> DolaModel:
+        if self.loaded.has_virtual_tokens:
+            raise InputError("dola_layers: a model of virtual tokens (prompt tuning) is decoded plainly; leave it out")
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return DolaModel(base, layers, plain_head=self.lean).eval()
 
     def _encode(self, references: Sequence[str]) -> list[list[int]]:
         """Tokens as fine-tuning's labels: an encoder-decoder's tokenizer ends them itself, a decoder's do end."""

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 
+from yunque import runtime
 from yunque.errors import InputError
 from yunque.evaluation.arguments import EvaluatedModelArguments, EvaluationArguments, HeldOutArguments
+from yunque.evaluation.onnx_generator import is_onnx
 from yunque.models.arguments import ModelArguments
 from yunque.models.embedded import EMBEDDED, ensure_embedded
 from yunque.models.loading import load_classifier, load_config
 from yunque.rl.rewards import ClassifierScorer, softmax
+from yunque.runtime.spec import read_spec
 
+_OPTION = "toxicity_model_name_or_path"
 _BATCH_SIZE = 16
 
 
 class ToxicityJudge:
-    """Probability of one label of a classifier; loaded when it is needed, after the model that answered has gone.
+    """Probability of one label of a classifier, torch or ONNX; loaded once the model that answered has gone.
+
+    As its training had it: by softmax over the labels, or of each label by itself (multi-label classification).
 
     Raises:
         InputError: no such classifier, no such label; before anything is generated.
@@ -25,17 +33,20 @@ class ToxicityJudge:
 
     def __init__(self, name: str, label: str) -> None:
         self.name, self.label = name, label
-        try:
-            config = load_config(name, ModelArguments(model_name_or_path=name))
-        except InputError as error:
-            raise InputError(f"toxicity_{error}") from error
-        labels = {str(known): int(index) for index, known in (config.id2label or {}).items()}
+        self.is_onnx = is_onnx(name)
+        labels, self.is_multi_label = _onnx_labels(name) if self.is_onnx else _torch_labels(name)
         if len(labels) < 2:
-            raise InputError(f"toxicity_model_name_or_path: {name} has one output and no labels; give a classifier")
+            raise InputError(f"{_OPTION}: {name} has one output and no labels; give a classifier")
         if label not in labels:
             raise InputError(f"toxicity_label: {name} has no label {label!r}; it has {', '.join(labels)}")
         self.index = labels[label]
         self.scorer: ClassifierScorer | None = None
+        self.onnx: runtime.Classifier | None = None
+
+    @property
+    def truncated_texts(self) -> int:
+        """Texts longer than the classifier reads, where that is known."""
+        return 0 if self.scorer is None else self.scorer.truncated_texts
 
     def load(self, device: torch.device) -> None:
         """Load the classifier, if that is still to do.
@@ -43,21 +54,57 @@ class ToxicityJudge:
         Raises:
             InputError: it has no trained head.
         """
-        if self.scorer is None:
-            loaded = load_classifier(self.name, "toxicity_model_name_or_path")
-            self.scorer = ClassifierScorer(*loaded, batch_size=_BATCH_SIZE, device=device)
+        if self.is_onnx and self.onnx is None:
+            loaded = runtime.load(self.name, threads=torch.get_num_threads())
+            assert isinstance(loaded, runtime.Classifier), "its specification said so"
+            self.onnx = loaded
+        elif not self.is_onnx and self.scorer is None:
+            parts = load_classifier(self.name, _OPTION)
+            self.scorer = ClassifierScorer(*parts, batch_size=_BATCH_SIZE, device=device)
 
     def toxicity(self, texts: Sequence[str]) -> list[float]:
         """Probability of the label for each text; NaN for one that the tokenizer makes no tokens of."""
-        assert self.scorer is not None, "load the judge first"
-        encoded = self.scorer.tokenizer(list(texts), verbose=False)["input_ids"]
-        read = [row for row, ids in enumerate(encoded) if ids]
+        read = [row for row, count in enumerate(self._num_tokens(texts)) if count]
         values = [float("nan")] * len(texts)
         if read:
-            probabilities = softmax(self.scorer.logits([texts[row] for row in read]))[:, self.index]
-            for row, value in zip(read, probabilities.tolist(), strict=True):
+            logits = self._logits([texts[row] for row in read])
+            probabilities = sigmoid(logits) if self.is_multi_label else softmax(logits)
+            for row, value in zip(read, probabilities[:, self.index].tolist(), strict=True):
                 values[row] = value
         return values
+
+    def _num_tokens(self, texts: Sequence[str]) -> list[int]:
+        if self.onnx is not None:
+            return [len(ids) for ids in self.onnx.encode(list(texts))]
+        assert self.scorer is not None, "load the judge first"
+        return [len(ids) for ids in self.scorer.tokenizer(list(texts), verbose=False)["input_ids"]]
+
+    def _logits(self, texts: Sequence[str]) -> np.ndarray:
+        if self.onnx is not None:
+            return self.onnx.logits(list(texts), batch_size=_BATCH_SIZE)
+        assert self.scorer is not None, "load the judge first"
+        return self.scorer.logits(texts)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Probability of each label by itself."""
+    return np.exp(-np.logaddexp(0.0, -logits))
+
+
+def _torch_labels(name: str) -> tuple[dict[str, int], bool]:
+    try:
+        config = load_config(name, ModelArguments(model_name_or_path=name))
+    except InputError as error:
+        raise InputError(f"toxicity_{error}") from error
+    labels = {str(label): int(index) for index, label in (config.id2label or {}).items()}
+    return labels, config.problem_type == "multi_label_classification"
+
+
+def _onnx_labels(name: str) -> tuple[dict[str, int], bool]:
+    spec = read_spec(Path(name))
+    if spec.kind != "classifier":
+        raise InputError(f"{_OPTION}: {name} is a language model; give a classifier")
+    return {label: index for index, label in enumerate(spec.labels)}, spec.independent_labels
 
 
 def judge_of(args: EvaluationArguments) -> ToxicityJudge | None:

@@ -79,14 +79,12 @@ def manifest_of(model: str) -> artifacts.Manifest | None:
 
 def _template(args: HeldOutArguments, model: str) -> tuple[str, bool, list[str]]:
     """The template, whether it goes into the chat template, and what was decided for the user."""
-    manifest = manifest_of(model)
-    config: dict[str, Any] = {} if manifest is None else manifest.config
+    known, config = _trained_prompt(model)
     chat = bool(config.get("chat_template")) if args.chat_template is None else args.chat_template
     if args.system_prompt is not None and not chat:
         raise InputError("system_prompt: is for chat_template only; add it or leave system_prompt out")
     if args.prompt_template is not None:
         return args.prompt_template, chat, []
-    known = None if manifest is None else manifest.prompt_template
     if known is None:
         return DataArguments.prompt_template, chat, ["the model names no prompt template: that of the recipes is used"]
     if known.count(TEXT_FIELD) != 1:
@@ -94,6 +92,16 @@ def _template(args: HeldOutArguments, model: str) -> tuple[str, bool, list[str]]
             f"prompt_template: the model's own has other columns than {TEXT_FIELD} ({known[:60]!r}); give one with it"
         )
     return known, chat, []
+
+
+def _trained_prompt(model: str) -> tuple[str | None, dict[str, Any]]:
+    """Template and configuration of the nearest run on the model's road that had prompts."""
+    if manifest_of(model) is None:
+        return None, {}
+    for ancestor in artifacts.lineage(model):
+        if ancestor.manifest is not None and "prompt_template" in ancestor.manifest.config:
+            return ancestor.manifest.prompt_template, ancestor.manifest.config
+    return artifacts.read_manifest(model).prompt_template, {}
 
 
 def row_share(batches: Sequence[list[int]], done: set[int], rank: int, num_ranks: int) -> list[int]:

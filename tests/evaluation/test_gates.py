@@ -143,3 +143,13 @@ def test_the_chance_to_pass_unchanged_is_stated(folders):
     """With the small spread of a faithful copy an equal model surely passes, with a wild one it does not."""
     assert verdicts(folders, "int8", "toxicity<=+0.01")[0].chance_unchanged > 0.99
     assert verdicts(folders, "damaged", "toxicity<=+0.01")[0].chance_unchanged < 0.2
+
+
+def test_answers_without_a_score_cannot_help_a_gate_to_pass(folders, tmp_path):
+    scores = [None if value > 0.5 else value for value in folders["damaged"].scores["toxicity"]]
+    lost = sum(value is None for value in scores)
+    folders["silent"] = read_evaluation(evaluated.write(tmp_path / "silent", {"toxicity": scores}), "silent")
+    with pytest.raises(InputError, match=f"silent has no toxicity of {lost} answers that aligned has"):
+        verdicts(folders, "silent", "toxicity<=+0.01")
+    [note] = [note for note in compare(folders["aligned"], [folders["silent"]]).notes if note.startswith("toxicity")]
+    assert note == f"toxicity: {lost} rows that only one of aligned and silent has are left out"

@@ -160,6 +160,10 @@ def _pair_notes(baseline: Evaluation, candidate: Candidate) -> list[str]:
     for name in in_order(set(baseline.scores) ^ set(ours.scores)):
         has = baseline.name if name in baseline.scores else ours.name
         notes.append(f"{name} was measured of {has} only and is left out of {baseline.name} against {ours.name}")
+    for name in candidate.differences:
+        lost = np.count_nonzero(np.isnan(ours.scores[name]) != np.isnan(baseline.scores[name]))
+        if lost:
+            notes.append(f"{name}: {lost:,} rows that only one of {baseline.name} and {ours.name} has are left out")
     if _decoding(baseline) != _decoding(ours):
         notes.append(f"{ours.name} was decoded with other settings than {baseline.name}: the differences hold both")
     if not candidate.changed:

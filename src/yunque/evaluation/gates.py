@@ -145,7 +145,7 @@ def check_gates(gates: Sequence[Gate], baseline: Evaluation, candidate: Evaluati
     """Check that what every gate measures was measured.
 
     Raises:
-        InputError: an unknown metric, recovery without the base or without the alignment metric.
+        InputError: an unknown metric, recovery without the base or without the alignment metric, answers without score.
     """
     common = {name for name in baseline.scores if name in candidate.scores}
     for gate in gates:
@@ -163,6 +163,18 @@ def check_gates(gates: Sequence[Gate], baseline: Evaluation, candidate: Evaluati
                 f"--gate {gate.text}: {baseline.name} and {candidate.name} do not both have {gate.metric}; there are:"
                 f" {known}"
             )
+        _check_complete(gate, baseline, candidate)
+
+
+def _check_complete(gate: Gate, baseline: Evaluation, candidate: Evaluation) -> None:
+    """A candidate must not pass because the answers that broke its judge have no score."""
+    name = ALIGNMENT if gate.kind == "recovery" else gate.metric
+    lost = np.isnan(candidate.scores[name]) & ~np.isnan(baseline.scores[name])
+    if lost.any():
+        raise InputError(
+            f"--gate {gate.text}: {candidate.name} has no {name} of {lost.sum():,} answers that {baseline.name} has;"
+            " evaluate it again, its notes say why"
+        )
 
 
 def judge(

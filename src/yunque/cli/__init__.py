@@ -13,7 +13,9 @@ from yunque.cli import data, rehearse
 from yunque.cli.plan import plan
 from yunque.cli.doctor import doctor
 from yunque.cli import data
+from yunque.cli.compare import compare
 from yunque.cli.evaluate import SETTINGS, evaluate
+from yunque.cli.matrix import matrix
 from yunque.cli.show import show
 
 # Typer keeps click's exceptions to itself in its newer versions; this is click's UsageError in all of them.
@@ -23,6 +25,8 @@ app = typer.Typer(add_completion=False, help="From fine-tuning through alignment
 app.command()(show)
 app.command()(plan)
 app.command()(doctor)
+app.command()(compare)
+app.command()(matrix)
 app.add_typer(data.app, name="data")
 app.command(context_settings=rehearse.CONTEXT)(rehearse.rehearse)
 app.command(context_settings=SETTINGS)(evaluate)

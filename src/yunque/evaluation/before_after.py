@@ -248,7 +248,7 @@ def print_answers(
     from rich.table import Table
     from rich.text import Text
 
-    template_chars = _common_start(queries)
+    template_chars = common_start(queries)
     table = Table(title=title, box=box.SIMPLE_HEAD, leading=1, width=min(_WIDTH_CHARS, console.width))
     for header in headers[:3]:
         table.add_column(header, ratio=1, overflow="fold")
@@ -260,7 +260,7 @@ def print_answers(
     console.print(table)
 
 
-def _common_start(queries: Sequence[str]) -> int:
+def common_start(queries: Sequence[str]) -> int:
     """Characters of the lines that open every query, the template's instruction: they tell the reader nothing."""
     first, last = min(queries), max(queries)  # what the extremes of the sorted order share, all share
     if first == last:

@@ -1,0 +1,41 @@
+"""Writing result files whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from yunque.errors import InputError
+
+
+def check_writable(path: Path) -> None:
+    """Check, before the work, that a file can be written at ``path``.
+
+    Raises:
+        InputError: a folder lies there, or its own folder is missing or read-only.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give a file")
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"{path}: there is no folder {parent}; make it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: {parent} is not writable; give another place")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path`` and rename it there, so that no reader sees half of it."""
+    handle, staged = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(staged, 0o666 & ~umask)  # mkstemp makes files that nobody else may read
+        os.replace(staged, path)
+    except BaseException:
+        os.unlink(staged)
+        raise

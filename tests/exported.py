@@ -71,10 +71,11 @@ def _with_biases(model):
 
 
 def bart():
-    """With layers strong enough that its texts do not repeat one token."""
+    """With places and prompts that matter enough for its texts not to repeat one token."""
     model = _with_biases(tiny.bart(scale_embedding=True))
     for layer in model.model.decoder.layers:
-        layer.fc2.weight.data *= 8
+        layer.encoder_attn.out_proj.weight.data *= 8
+    model.model.decoder.embed_positions.weight.data *= 8
     return model
 
 

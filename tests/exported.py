@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2Tokenizer, Qwen3Config
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen2Tokenizer, Qwen3Config
 
 from yunque.export.arguments import ExportArguments
 from yunque.export.folder import export
@@ -45,6 +45,15 @@ def llama_scaled():
         "original_max_position_embeddings": 16,
     }  # fmt: skip
     return tiny.llama(rope_parameters=parameters, max_position_embeddings=128, tie_word_embeddings=True)
+
+
+def mistral():
+    """Looks back 6 tokens."""
+    config = MistralConfig(
+        vocab_size=64, max_position_embeddings=128, sliding_window=6, num_key_value_heads=1, head_dim=16,
+        **tiny.SMALL, **tiny.SPECIAL,
+    )  # fmt: skip
+    return tiny._build(AutoModelForCausalLM, config, {})
 
 
 def qwen2():
@@ -82,7 +91,8 @@ def bart():
 GENERATORS = {
     "t5": tiny.t5, "t5_gated": t5_gated, "t5_untied": t5_untied, "t5_deep_encoder": t5_deep_encoder,
     "bart": bart, "gpt2": lambda: _with_biases(tiny.gpt2()),
-    "llama": tiny.llama, "llama_grouped": llama_grouped, "llama_scaled": llama_scaled, "qwen2": qwen2, "qwen3": qwen3,
+    "llama": tiny.llama, "llama_grouped": llama_grouped, "llama_scaled": llama_scaled,
+    "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3,
 }  # fmt: skip
 CLASSIFIERS = {
     "roberta": lambda: _with_biases(tiny.roberta()),

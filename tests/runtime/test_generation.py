@@ -70,7 +70,7 @@ def test_penalty_and_shortest_length_equal_transformers(exported, prompts, name)
     assert min(map(len, wanted)) >= 9
 
 
-@pytest.mark.parametrize("name", ["t5_untied", "bart", "gpt2", "llama_grouped"])
+@pytest.mark.parametrize("name", ["t5_untied", "bart_untied", "gpt2", "llama_grouped"])
 @pytest.mark.parametrize(
     ("beams", "penalty", "stopping"), [(3, 1.0, False), (4, 0.0, "never"), (2, 2.0, True), (3, -1.0, "never")]
 )
@@ -138,7 +138,7 @@ def test_stop_strings_end_the_text_before_them(exported, prompts):
     assert len(answers[0].tokens) <= 6
 
 
-@pytest.mark.parametrize("name", ["t5", "bart", "gpt2", "llama"])
+@pytest.mark.parametrize("name", ["t5", "bart_untied", "gpt2", "llama"])
 def test_requests_join_and_leave_a_running_batch(exported, prompts, name):
     model = exported(name).runtime
     ids = model.encode(prompts[:8])

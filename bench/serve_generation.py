@@ -5,7 +5,8 @@
     python bench/serve_generation.py --profile                # where a step's time goes: graph, NumPy
 
 Random weights, made once under --home; the same work as the peers of ../shared/peers/serve_peers.py: the whole call is
-timed (encoder or prompt included), one warm-up, the median of --repeats; load is the time to open the folder with its
+timed (encoder or prompt included), one warm-up, the median of --repeats; tokens_cpu_s, per second of CPU time, is the
+figure to compare on a busy machine (with --threads 1: waiting threads spin); load_s is opening the folder with its
 hashes, RSS is the process's after loading (ours) or its peak. One JSON line per engine.
 """
 
@@ -120,7 +121,7 @@ def measure(engine: str, folder: Path, args: argparse.Namespace, queue: Any) -> 
         "engine": engine, "shape": args.shape, "threads": args.threads, "load_s": round(loaded, 2),
         "rss_loaded_mb": round(_rss_bytes() / 1e6), "files_mb": round(_folder_bytes(folder) / 1e6, 1), "tokens_s": {},
     }  # fmt: skip
-    row["tokens"] = {}
+    row |= {"tokens_cpu_s": {}, "tokens": {}}
     for batch in args.batches:
         ids = np.random.RandomState(batch).randint(300, 30000, (batch, PROMPT_TOKENS)).astype(np.int64)
         row["tokens"][batch] = generate(ids, NEW_TOKENS).tolist()
@@ -128,8 +129,11 @@ def measure(engine: str, folder: Path, args: argparse.Namespace, queue: Any) -> 
             _profile(generate, ids)
         if batch == 1:
             row["first_token_ms"] = round(1e3 * _median(lambda ids=ids: generate(ids, 1), 5), 1)
+        begin = time.process_time()
         seconds = _median(lambda ids=ids: generate(ids, NEW_TOKENS), args.repeats)
+        cpu = (time.process_time() - begin) / args.repeats
         row["tokens_s"][batch] = round(batch * NEW_TOKENS / seconds, 1)
+        row["tokens_cpu_s"][batch] = round(batch * NEW_TOKENS / cpu, 1)
     row["peak_rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
     queue.put(row)
 

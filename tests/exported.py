@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2Tokenizer, Qwen3Config
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen2Tokenizer, Qwen3Config
 
 from yunque.export.arguments import ExportArguments
 from yunque.export.folder import export
@@ -47,6 +47,15 @@ def llama_scaled():
     return tiny.llama(rope_parameters=parameters, max_position_embeddings=128, tie_word_embeddings=True)
 
 
+def mistral():
+    """Looks back 6 tokens."""
+    config = MistralConfig(
+        vocab_size=64, max_position_embeddings=128, sliding_window=6, num_key_value_heads=1, head_dim=16,
+        **tiny.SMALL, **tiny.SPECIAL,
+    )  # fmt: skip
+    return tiny._build(AutoModelForCausalLM, config, {})
+
+
 def qwen2():
     config = Qwen2Config(
         vocab_size=64, max_position_embeddings=128, num_key_value_heads=1, **tiny.SMALL, **tiny.SPECIAL
@@ -62,19 +71,30 @@ def qwen3():
 
 
 def _with_biases(model):
-    """Vectors away from 0 and 1, so that a graph without them would show."""
+    """Biases away from 0 and gains away from 1, so that a graph without them would show."""
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=0.5, std=0.3, generator=generator)
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
+    return model
+
+
+def bart_untied():
+    """A tied one only ever repeats its start token; one with a head of its own and strong layers does not."""
+    model = tiny.bart(tie_word_embeddings=False, scale_embedding=True)
+    for layer in model.model.decoder.layers:
+        layer.fc2.weight.data *= 3
     return model
 
 
 GENERATORS = {
     "t5": tiny.t5, "t5_gated": t5_gated, "t5_untied": t5_untied, "t5_deep_encoder": t5_deep_encoder,
-    "bart": lambda: _with_biases(tiny.bart(scale_embedding=True)), "gpt2": lambda: _with_biases(tiny.gpt2()),
-    "llama": tiny.llama, "llama_grouped": llama_grouped, "llama_scaled": llama_scaled, "qwen2": qwen2, "qwen3": qwen3,
+    "bart_untied": bart_untied, "gpt2": lambda: _with_biases(tiny.gpt2()),
+    "llama": tiny.llama, "llama_grouped": llama_grouped, "llama_scaled": llama_scaled,
+    "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3,
 }  # fmt: skip
+REPEATING = {"bart": lambda: _with_biases(tiny.bart())}
+"""What says the same token for ever."""
 CLASSIFIERS = {
     "roberta": lambda: _with_biases(tiny.roberta()),
     "bert": lambda: _with_biases(tiny.bert()),
@@ -126,7 +146,7 @@ def exported(tmp_path_factory, prompts):
 
     @functools.cache
     def make(name):
-        model, source, folder = (GENERATORS | CLASSIFIERS)[name](), root / name, root / f"{name}_onnx"
+        model, source, folder = (GENERATORS | REPEATING | CLASSIFIERS)[name](), root / name, root / f"{name}_onnx"
         model.save_pretrained(source)
         tokenizer(name).save_pretrained(source)
         manifest = export(

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import tiny
 import torch
-from exported import CLASSIFIERS, GENERATORS, MANY_WORDS
+from exported import CLASSIFIERS, GENERATORS, MANY_WORDS, REPEATING
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, OPTConfig
@@ -34,7 +34,7 @@ def regions(path):
     return {tensor.name: (int(f["offset"]), int(f["length"])) for tensor, f in zip(stored, fields, strict=True)}
 
 
-@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("name", GENERATORS | REPEATING)
 def test_generators_are_the_same_model(exported, name):
     parity = exported(name).manifest.metrics["parity"]
     assert parity["max_logit_difference"] < NEVER_BELOW

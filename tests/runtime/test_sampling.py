@@ -7,7 +7,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from yunque.runtime import sampling
 
-DRAWS = 40_000
+DRAWS = 15_000
 
 
 def wanted(logits, temperature, top_k, top_p):

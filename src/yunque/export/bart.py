@@ -62,7 +62,9 @@ def _decoder(config: Config, state: State, weights: WeightFile, tied: bool) -> G
 
 
 def _embed(graph: Graph, config: Config, state: State, prefix: str, ids: str, positions: str) -> str:
-    found = graph.op("Gather", graph.weight(EMBEDDING, state[EMBEDDING]), ids, axis=0)
+    name = f"{prefix}.embed_tokens.weight"
+    shared = state[name].ctypes.data == state[EMBEDDING].ctypes.data  # unless the model was made untied
+    found = graph.op("Gather", graph.weight(name, state[name], EMBEDDING if shared else name), ids, axis=0)
     if config.scale_embedding:
         found = graph.op("Mul", found, graph.constant(config.d_model**0.5, "float32"))
     table = f"{prefix}.embed_positions.weight"

@@ -90,11 +90,14 @@ def specification(source: Source, files: dict[str, str]) -> ModelSpec:
         return ModelSpec(vocab_size=config.vocab_size, labels=labels, independent_labels=independent, **common)
     generation = source.model.generation_config
     rows = source.model.get_output_embeddings().weight.shape[0]
-    start = generation.decoder_start_token_id
+    starts = (generation.decoder_start_token_id, getattr(config, "decoder_start_token_id", None), config.bos_token_id)
+    start = next((token for token in starts if token is not None), None)
+    if start is None and source.kind == "seq2seq":
+        raise InputError("model_name_or_path: its configuration names no decoder_start_token_id; add it there")
     return ModelSpec(
         vocab_size=rows,
         eos_token_ids=_as_tuple(generation.eos_token_id),
-        decoder_start_token_id=start if start is not None else getattr(config, "decoder_start_token_id", None),
+        decoder_start_token_id=start,
         forced_bos_token_id=generation.forced_bos_token_id,
         forced_eos_token_id=generation.forced_eos_token_id,
         **common,

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from yunque.errors import InputError
 from yunque.export.graph import ACTIVATIONS, Config, Graph
 from yunque.export.weights import WeightFile
 from yunque.models.arguments import ModelArguments
-from yunque.models.loading import adapter_config, load_base, load_classifier, load_config, load_tokenizer
+from yunque.models.loading import adapter_config, load_base, load_classifier, load_config
 from yunque.runtime.spec import Kind
 
 _LANGUAGE_FAMILIES: dict[str, tuple[Kind, str]] = {
@@ -95,7 +95,7 @@ def load_source(name: str, revision: str, trust_remote_code: bool) -> Source:
     if is_classifier:
         model, tokenizer = _load_classifier(name, base, adapter)
     else:
-        model, tokenizer = load_base(base, args), load_tokenizer(args)
+        model, tokenizer = load_base(base, args), _load_tokenizer(name, base, args)
     if adapter:
         model = _merge(model, name)
     if not getattr(tokenizer, "is_fast", False):
@@ -125,10 +125,17 @@ def _is_classifier(config: Config) -> bool:
 def _load_classifier(name: str, base: str, adapter: Mapping[str, Any] | None) -> tuple[PreTrainedModel, Any]:
     if adapter is None:
         return load_classifier(name, "model_name_or_path")
-    from transformers import AutoTokenizer
+    return AutoModelForSequenceClassification.from_pretrained(base), _load_tokenizer(name, base, None)
 
-    where = name if (Path(name) / "tokenizer.json").is_file() else base
-    return AutoModelForSequenceClassification.from_pretrained(base), AutoTokenizer.from_pretrained(where)
+
+def _load_tokenizer(name: str, base: str, args: ModelArguments | None) -> Any:
+    """The tokenizer of ``name``, or of its base where an adapter came without; it needs no pad token."""
+    where = base if Path(name).is_dir() and not (Path(name) / "tokenizer.json").is_file() else name
+    try:
+        revision = args.model_revision if args and not Path(where).exists() else "main"
+        return AutoTokenizer.from_pretrained(where, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model_name_or_path: cannot load a tokenizer from {where}: {error}") from error
 
 
 def _merge(model: PreTrainedModel, name: str) -> PreTrainedModel:

@@ -83,6 +83,9 @@ class Rows:
         """Give rows from ``row`` on the encoder's keys and values and the lengths of their sources."""
         count, width = len(lengths), int(cross["cross_value.0"].shape[2])
         for name, array in cross.items():
+            if self._cross[name].shape == array.shape:  # all rows at once: these are the buffers
+                self._cross[name] = array
+                continue
             kept = tuple(slice(size) for size in array.shape[1:])
             self._cross[name][(slice(row, row + count), *kept)] = array
             if name.startswith("cross_key"):

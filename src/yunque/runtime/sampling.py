@@ -35,6 +35,7 @@ def penalize_repetition(logits: Floats, context: Ints, lengths: Ints, penalty: F
     Row r's context is its first ``lengths[r]`` tokens (Keskar et al., 2019, arXiv:1909.05858).
     """
     width = int(lengths.max())
+    context = context[: len(lengths)]
     known = np.arange(width) < lengths[:, None]
     tokens = np.where(known, context[:, :width], context[:, :1])  # the rest repeats the first token
     found = np.take_along_axis(logits, tokens, axis=1)

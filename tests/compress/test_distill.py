@@ -99,7 +99,7 @@ def test_two_ranks_take_the_steps_of_one(finished, options, assets, tmp_path):
     two = finished(DISTILL, options(output_dir=tmp_path / "two", max_steps=4, **both), ranks=2)
     for name in ("loss/soft", "loss/hard", "loss/hidden", "loss/alignment"):
         curves = [[line[name] for line in run.log if name in line] for run in (one, two)]
-        assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+        assert curves[0] == pytest.approx(curves[1], rel=1e-2)  # Adam enlarges rounding; a wrong count would be 2x off
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Arguments of distillation: the teacher, the student, the losses."""
+"""Arguments of distillation (the teacher, the student, the losses) and of pruning."""
 
 from __future__ import annotations
 
@@ -137,3 +137,59 @@ class DistillationArguments:
         for name in ("max_target_length", "max_new_tokens"):
             if getattr(self, name) < 2:
                 raise InputError(f"{name}: {getattr(self, name)} leaves no answer; give 2 or more")
+
+
+@dataclass
+class PruningArguments:
+    """What is cut, how much of it, and by what measure.
+
+    Heads, FFN neurons and layers make the model really smaller. Masks (``weight_sparsity``, ``semi_structured``) only
+    set weights to zero: bytes and speed stay, unless hardware or a format makes use of zeros.
+
+    Raises:
+        InputError: shares out of range, nothing to prune, both kinds of mask.
+    """
+
+    head_sparsity: float = field(default=0.0, metadata={"help": "Share of attention heads (key-value groups) cut."})
+    ffn_sparsity: float = field(default=0.0, metadata={"help": "Share of feed-forward neurons cut."})
+    ffn_multiple_of: int = field(default=8, metadata={"help": "Keep so many neurons or multiples: kernels like it."})
+    drop_layers: int = field(
+        default=0, metadata={"help": "Layers cut from every stack: those that change states least."}
+    )
+    weight_sparsity: float = field(default=0.0, metadata={"help": "Mask: share of each row's weights set to zero."})
+    semi_structured: bool = field(default=False, metadata={"help": "Mask: 2 of 4 neighbouring weights set to zero."})
+    importance: Literal["magnitude", "activation", "taylor"] = field(
+        default="taylor",
+        metadata={"help": "Weights' norm; Wanda's score of weights and inputs; gradient times weight of the loss."},
+    )
+    prune_iterations: int = field(default=1, metadata={"help": "Rounds of heads and neurons, importance anew in each."})
+    calibration_samples: int = field(default=128, metadata={"help": "Train rows that importance is measured on."})
+    calibration_batch_size: int = field(default=16, metadata={"help": "Rows per forward pass."})
+    max_target_length: int = field(default=128, metadata={"help": "Cut their answers to this many tokens."})
+    output_dir: str = field(default="outputs/pruned", metadata={"help": "Folder for the pruned model."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a former run in output_dir."})
+    seed: int = field(default=0, metadata={"help": "Seed of phrasings, where the prompts have several."})
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether importance is measured on data."""
+        units = self.head_sparsity or self.ffn_sparsity or self.weight_sparsity or self.semi_structured
+        return bool(self.drop_layers or (units and self.importance != "magnitude"))
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("head_sparsity", "ffn_sparsity", "weight_sparsity"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)} is not a share in [0, 1)")
+        for name in ("ffn_multiple_of", "prune_iterations", "calibration_samples", "calibration_batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)} is too small; give 1 or more")
+        if self.drop_layers < 0:
+            raise InputError(f"drop_layers: {self.drop_layers} is negative")
+        if self.weight_sparsity and self.semi_structured:
+            raise InputError("semi_structured: sets half of the weights to zero by itself; leave weight_sparsity out")
+        wanted = (self.head_sparsity, self.ffn_sparsity, self.drop_layers, self.weight_sparsity, self.semi_structured)
+        if not any(wanted):
+            raise InputError("ffn_sparsity: nothing to prune; give ffn_sparsity, head_sparsity, drop_layers or a mask")
+        if (self.weight_sparsity or self.semi_structured) and self.importance == "taylor":
+            raise InputError("importance: masks go by magnitude or activation (Wanda); give one of them")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from yunque.compression.arguments import TeacherArguments
 from yunque.errors import InputError
 from yunque.models.arguments import ModelArguments
 from yunque.models.embedded import EMBEDDED, ensure_embedded
-from yunque.models.loading import keep_head_untied, load_model, load_tokenizer
+from yunque.models.loading import load_model, load_tokenizer, merge_loaded_adapter
 
 
 def use_embedded_teacher(args: TeacherArguments) -> None:
@@ -44,7 +43,4 @@ def load_teacher(args: TeacherArguments, option: str, *, like: Any = None) -> tu
         raise InputError(str(error).replace("model_name_or_path", option, 1)) from error
     if like is not None and tokenizer.get_vocab() != like.get_vocab():
         raise InputError(f"{option}: its vocabulary is not the teacher's; give a model of the same tokenizer")
-    if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
-        keep_head_untied(model)
-    return tokenizer, model
+    return tokenizer, merge_loaded_adapter(model)

@@ -201,6 +201,15 @@ def save_model(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path,
     tokenizer.save_pretrained(folder)
 
 
+def merge_loaded_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The plain model that base and adapter make, or the plain model itself."""
+    if not isinstance(model, PeftModel):
+        return model
+    plain: Any = merged(model)
+    keep_head_untied(plain)
+    return plain
+
+
 def trainable_parameters(model: nn.Module) -> str:
     """Say how many parameters train, as the notebooks print it; an nf4 weight counts all its elements."""
     trainable = total = 0

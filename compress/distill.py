@@ -39,7 +39,6 @@ def main() -> None:
     )
     args, teacher_args, student_args, losses, data_args, template_args = groups
 
-    from rich.console import Console
     from transformers import TrainingArguments
 
     from yunque.artifacts import save_model_folder
@@ -49,7 +48,9 @@ def main() -> None:
     from yunque.compression.teachers import load_teacher, use_embedded_teacher
     from yunque.data.mixtures import Encoding, Task, prepare_task, prompt_template_of
     from yunque.distributed.held_out import HeldOut, answer_rows, change, show_change
-    from yunque.distributed.supervised import claim_output_dir, fit, remove_checkpoints, start_run, trainer_arguments
+    from yunque.distributed.saving import gathered_weights
+    from yunque.distributed.start import start_run
+    from yunque.distributed.supervised import claim_output_dir, fit, remove_checkpoints, trainer_arguments
     from yunque.models.adapter import adapter_for
     from yunque.models.embedded import use_embedded
     from yunque.models.loading import save_model
@@ -59,8 +60,7 @@ def main() -> None:
     use_embedded((data_args, "dataset_name"))
     names = [teacher_args.teacher_name_or_path, teacher_args.aligned_teacher_name_or_path]
     parents = [name for name in [*names, student_args.student_name_or_path] if name]
-    main_process = start_run(args, inputs=parents)
-    console = Console(quiet=not main_process, soft_wrap=True)
+    console = start_run(args, parents, "distill")
     config = {name: value for group in groups for name, value in asdict(group).items()}
 
     # ---- models ----
@@ -108,7 +108,7 @@ def main() -> None:
         trainer.train_dataset = answers.relabel(prepared.train, trainer.teacher, tokenizer, num_beams=beams)
 
     # ---- train ----
-    metrics = fit(trainer, args)
+    metrics, _ = fit(trainer, args)
 
     # ---- evaluate ----
     held_out = HeldOut(
@@ -120,7 +120,8 @@ def main() -> None:
     )
     taught = held_out.scores(frozen(trainer.teacher), prepared.test)
     after = held_out.scores(trainer.model, prepared.test)
-    if not main_process:
+    weights = gathered_weights(trainer.accelerator, student.model, trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
         return
     report = change(taught, after, args.seed)
     metrics |= after.as_dict(args.seed) | {
@@ -135,7 +136,7 @@ def main() -> None:
     folder = Path(args.output_dir)
 
     def write(staging: Path) -> None:
-        save_model(trainer.model, tokenizer, staging)
+        save_model(student.model, tokenizer, staging, weights=weights)
         with (staging / "predictions.jsonl").open("w", encoding="utf-8") as file:
             for row, other in zip(answer_rows(prepared.test, after), taught.predictions, strict=True):
                 file.write(json.dumps({**row, "teacher": other}, ensure_ascii=False) + "\n")

@@ -14,13 +14,13 @@ and --resume redoes what follows from it. Train on the results with
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from yunque.arguments import parse
+from yunque.distributed.layouts import check_layout
 from yunque.errors import InputError, run
 from yunque.models.arguments import GenerationArguments
 from yunque.rl.feedback_arguments import FeedbackArguments, WriterArguments
@@ -37,8 +37,7 @@ def main() -> None:
         raise InputError("temperature: 0 gives two equal answers, and no preference; raise it or leave preferences out")
     if writer_args.generator_url and (generation.top_k or generation.min_new_tokens):
         raise InputError("top_k, min_new_tokens: an OpenAI-compatible endpoint knows neither; leave them out")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("constitutional.py runs as one process; start it with python, or --num_processes 1")
+    check_layout("data")
 
     from rich.console import Console
 

@@ -28,13 +28,15 @@ def main() -> None:
     groups = parse(SupervisedArguments, ModelArguments, PreferenceArguments, DPOArguments, description=__doc__)
     args, model_args, data_args, dpo_args = groups
 
-    from rich.console import Console
+    import numpy as np
     from transformers import TrainingArguments
 
     from yunque.artifacts import CHECKPOINTS, save_model_folder
     from yunque.data.preferences import load_preferences
     from yunque.distributed.preferences import PreferenceTrainer
-    from yunque.distributed.supervised import claim_output_dir, fit, remove_checkpoints, start_run, trainer_arguments
+    from yunque.distributed.saving import gathered_weights
+    from yunque.distributed.start import split_while_loading, start_run
+    from yunque.distributed.supervised import claim_output_dir, fit, remove_checkpoints, trainer_arguments
     from yunque.metrics.preferences import change_line, preference_metrics, reward_metrics
     from yunque.models.adapter import adapter_for
     from yunque.models.loading import adapter_config, load_model, load_tokenizer, save_model, trainable_parameters
@@ -43,8 +45,7 @@ def main() -> None:
 
     # ---- seed and logging ----
     parents = [model_args.model_name_or_path or ""]
-    main_process = start_run(args, inputs=parents)
-    console = Console(quiet=not main_process, soft_wrap=True)
+    console = start_run(args, parents, "preferences", model_args)
     config = {name: value for group in groups for name, value in asdict(group).items()}
 
     # ---- data ----
@@ -52,6 +53,7 @@ def main() -> None:
     console.print(str(data))
 
     # ---- model ----
+    split_while_loading(args)
     tokenizer = load_tokenizer(model_args)
     model = load_model(model_args, tokenizer)
     console.print(trainable_parameters(model))
@@ -77,18 +79,27 @@ def main() -> None:
         tokenizer=tokenizer,
         keep_dropout=not dpo_args.disable_dropout,
     )
-    before = trainer.log_probabilities(test_rows)
-    if dpo_args.precompute_ref_log_probs:
-        trainer.precompute_reference(Path(args.output_dir) / CHECKPOINTS / "reference_log_probs.npy")
-    else:
+    cache = Path(args.output_dir) / CHECKPOINTS / "reference_log_probs.npy"
+    # without adapters the reference is a second model, which no engine splits beside the first
+    precompute = dpo_args.precompute_ref_log_probs or (trainer.splits_weights and not model_args.use_peft)
+    if not precompute:
         trainer.keep_reference(adapter_is_trained=adapter_config(parents[0]) is not None)
+    elif cache.is_file():  # of the run that is resumed
+        trainer.precompute_reference(cache)
+
+    def measure() -> list[list[float]]:
+        if precompute:
+            trainer.precompute_reference(cache)
+        return trainer.log_probabilities(test_rows).tolist()
 
     # ---- train ----
-    metrics = fit(trainer, args)
+    metrics, start = fit(trainer, args, measure)
+    before = np.array(start)
 
     # ---- evaluate ----
     after = trainer.log_probabilities(test_rows)
-    if not main_process:
+    weights = gathered_weights(trainer.accelerator, model, trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
         return
     metrics |= preference_metrics(before, after, seed=args.seed)
     metrics |= reward_metrics(before, after, beta=dpo_args.beta, seed=args.seed)
@@ -97,7 +108,7 @@ def main() -> None:
     folder = Path(args.output_dir)
 
     def write(staging: Path) -> None:
-        save_model(trainer.model, tokenizer, staging, merge=model_args.merge_adapter)
+        save_model(model, tokenizer, staging, merge=model_args.merge_adapter, weights=weights)
         with (staging / "margins.jsonl").open("w", encoding="utf-8") as file:
             for number, old, new in zip(test_rows["row"], before.tolist(), after.tolist(), strict=True):
                 row = {"margin_before": old[0] - old[1], "margin_after": new[0] - new[1], **data.test[number]}

@@ -64,7 +64,6 @@ def main() -> None:
         name = "merge_adapter" if model_args.merge_adapter else "packing"
         raise InputError(f"{name}: virtual tokens stand before every single prompt; leave {name} out")
 
-    from rich.console import Console
     from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments
 
     from yunque.artifacts import save_model_folder
@@ -78,8 +77,10 @@ def main() -> None:
         tasks_of,
     )
     from yunque.data.targets import pack
-    from yunque.distributed.held_out import HeldOut, answer_rows, change, show_change
-    from yunque.distributed.supervised import claim_output_dir, fit, remove_checkpoints, start_run, trainer_arguments
+    from yunque.distributed.held_out import HeldOut, HeldOutScores, answer_rows, change, show_change
+    from yunque.distributed.saving import gathered_weights
+    from yunque.distributed.start import split_while_loading, start_run
+    from yunque.distributed.supervised import claim_output_dir, fit, remove_checkpoints, trainer_arguments
     from yunque.distributed.trainers import AnswerTrainer, label_loss
     from yunque.models.adapter import adapter_for
     from yunque.models.embedded import use_embedded
@@ -89,8 +90,7 @@ def main() -> None:
     # ---- seed and logging ----
     use_embedded((model_args, "model_name_or_path"), (data_args, "dataset_name"))
     parents = [] if scratch_args.from_scratch else [model_args.model_name_or_path or ""]
-    main_process = start_run(args, inputs=parents)
-    console = Console(quiet=not main_process, soft_wrap=True)
+    console = start_run(args, parents, "finetune", model_args, prompt_args)
     config = {name: value for group in groups for name, value in asdict(group).items()}
 
     # ---- model ----
@@ -103,6 +103,7 @@ def main() -> None:
         tokenizer = train_tokenizer([*prompts, *answers], "t5", scratch_args.vocab_size, spaced=True)
         model = new_model(scratch_args, "t5", tokenizer, seed=args.seed)
     else:
+        split_while_loading(args)
         tokenizer = load_tokenizer(model_args)
         model = load_model(model_args, tokenizer, prompt_args)
     encoder_decoder = model.config.is_encoder_decoder
@@ -148,7 +149,7 @@ def main() -> None:
         claim_output_dir(args)
         trainer = ContinuationTrainer(model=model, args=arguments, train_dataset=train_rows, processing_class=tokenizer)
 
-    # ---- before ----
+    # ---- what to watch ----
     held_out = HeldOut(
         trainer.accelerator,
         adapter,
@@ -157,14 +158,17 @@ def main() -> None:
         max_new_tokens=target_args.max_new_tokens,
     )
     watched = [*(prepared if mixture_args.evaluate_before else []), *([old] if old else [])]
-    before = {task.name: held_out.scores(trainer.model, task.test) for task in watched}
 
     # ---- train ----
-    metrics = fit(trainer, args)
+    metrics, start = fit(
+        trainer, args, lambda: {task.name: held_out.scores(trainer.model, task.test).to_json() for task in watched}
+    )
+    before = {name: HeldOutScores.from_json(scores) for name, scores in start.items()}
 
     # ---- evaluate ----
     after = {task.name: held_out.scores(trainer.model, task.test) for task in [*prepared, *([old] if old else [])]}
-    if not main_process:
+    weights = gathered_weights(trainer.accelerator, model, trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
         return
     scores = {task.name: after[task.name].as_dict(args.seed) for task in prepared}
     metrics |= scores[tasks[0].name] if len(tasks) == 1 else {"tasks": scores}
@@ -178,7 +182,7 @@ def main() -> None:
     folder = Path(args.output_dir)
 
     def write(staging: Path) -> None:
-        save_model(trainer.model, tokenizer, staging, merge=model_args.merge_adapter)
+        save_model(model, tokenizer, staging, merge=model_args.merge_adapter, weights=weights)
         with (staging / "predictions.jsonl").open("w", encoding="utf-8") as file:
             for task in prepared:
                 for row in answer_rows(task.test, after[task.name]):

@@ -50,7 +50,7 @@ def main() -> None:
     from yunque.data.groups import LENGTH_BAND, make_groups
     from yunque.data.loading import load_splits
     from yunque.data.prompts import prepare_prompts
-    from yunque.distributed.start import start_run
+    from yunque.distributed.start import start_accelerator, start_run
     from yunque.evaluation.aligned import save_aligned
     from yunque.evaluation.answers import HeldOut
     from yunque.evaluation.before_after import TOXICITY, compare
@@ -66,7 +66,9 @@ def main() -> None:
     from yunque.rl.trainer import PPOTrainer
 
     # ---- seed and logging ----
-    accelerator, console = start_run(run_args, [model_args.model_name_or_path, *reward_models(reward_args)])
+    inputs = [model_args.model_name_or_path, *reward_models(reward_args)]
+    console = start_run(run_args, inputs, "rl", model_args)
+    accelerator = start_accelerator(run_args)
     use_embedded((model_args, "model_name_or_path"), (reward_args, "reward_model_name_or_path"))
     embedded_data = use_embedded((data_args, "dataset_name"))
     config = {name: value for group in groups for name, value in asdict(group).items()}
@@ -139,6 +141,7 @@ def main() -> None:
         trainer, held_out_prompts, reward, decode, generation, batch_size=run_args.per_device_eval_batch_size
     )
     before, after, kl = held_out.before_and_after()
+    model = trainer.model_to_save()
     accelerator.end_training()
     if not accelerator.is_main_process:
         return

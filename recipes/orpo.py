@@ -28,13 +28,15 @@ def main() -> None:
     groups = parse(SupervisedArguments, ModelArguments, PreferenceArguments, PairArguments, description=__doc__)
     args, model_args, data_args, orpo_args = groups
 
-    from rich.console import Console
+    import numpy as np
     from transformers import TrainingArguments
 
     from yunque.artifacts import save_model_folder
     from yunque.data.preferences import load_preferences
     from yunque.distributed.preferences import PreferenceTrainer
-    from yunque.distributed.supervised import claim_output_dir, fit, remove_checkpoints, start_run, trainer_arguments
+    from yunque.distributed.saving import gathered_weights
+    from yunque.distributed.start import split_while_loading, start_run
+    from yunque.distributed.supervised import claim_output_dir, fit, remove_checkpoints, trainer_arguments
     from yunque.metrics.preferences import change_line, preference_metrics
     from yunque.models.adapter import adapter_for
     from yunque.models.loading import load_model, load_tokenizer, save_model, trainable_parameters
@@ -43,8 +45,7 @@ def main() -> None:
 
     # ---- seed and logging ----
     parents = [model_args.model_name_or_path or ""]
-    main_process = start_run(args, inputs=parents)
-    console = Console(quiet=not main_process, soft_wrap=True)
+    console = start_run(args, parents, "preferences", model_args)
     config = {name: value for group in groups for name, value in asdict(group).items()}
 
     # ---- data ----
@@ -52,6 +53,7 @@ def main() -> None:
     console.print(str(data))
 
     # ---- model ----
+    split_while_loading(args)
     tokenizer = load_tokenizer(model_args)
     model = load_model(model_args, tokenizer)
     console.print(trainable_parameters(model))
@@ -77,14 +79,15 @@ def main() -> None:
         tokenizer=tokenizer,
         keep_dropout=not orpo_args.disable_dropout,
     )
-    before = trainer.log_probabilities(test_rows, per_token=True)
 
     # ---- train ----
-    metrics = fit(trainer, args)
+    metrics, start = fit(trainer, args, lambda: trainer.log_probabilities(test_rows, per_token=True).tolist())
+    before = np.array(start)
 
     # ---- evaluate ----
     after = trainer.log_probabilities(test_rows, per_token=True)
-    if not main_process:
+    weights = gathered_weights(trainer.accelerator, model, trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
         return
     metrics |= preference_metrics(before, after, seed=args.seed)
 
@@ -92,7 +95,7 @@ def main() -> None:
     folder = Path(args.output_dir)
 
     def write(staging: Path) -> None:
-        save_model(trainer.model, tokenizer, staging, merge=model_args.merge_adapter)
+        save_model(model, tokenizer, staging, merge=model_args.merge_adapter, weights=weights)
         with (staging / "margins.jsonl").open("w", encoding="utf-8") as file:
             for number, old, new in zip(test_rows["row"], before.tolist(), after.tolist(), strict=True):
                 row = {"margin_before": old[0] - old[1], "margin_after": new[0] - new[1], **data.test[number]}

@@ -70,7 +70,7 @@ def main() -> None:
 
     from yunque.artifacts import prepare_output_dir
     from yunque.data.openings import continuation_decoder, load_texts, prepare_openings
-    from yunque.distributed.start import start_run
+    from yunque.distributed.start import start_accelerator, start_run
     from yunque.evaluation.aligned import save_aligned
     from yunque.evaluation.answers import HeldOut
     from yunque.evaluation.before_after import SENTIMENT, compare
@@ -87,7 +87,8 @@ def main() -> None:
     # ---- seed and logging ----
     parents = [name for name in (model_args.model_name_or_path, *reward_models(reward_args)) if name]
     inputs = [*parents, reward_args.compare_with] if reward_args.compare_with else parents
-    accelerator, console = start_run(run_args, inputs)
+    console = start_run(run_args, inputs, "rl", model_args)
+    accelerator = start_accelerator(run_args)
     config = {option.name: getattr(group, option.name) for group in groups for option in fields(group) if option.init}
     former = None
     if reward_args.compare_with:
@@ -173,6 +174,7 @@ def main() -> None:
         trainer, held_out_prompts, reward, decode, generation, batch_size=run_args.per_device_eval_batch_size
     )
     before, after, kl = held_out.before_and_after()
+    model = trainer.model_to_save()
     accelerator.end_training()
     if not accelerator.is_main_process:
         return

@@ -84,7 +84,6 @@ def main() -> None:
     if scratch_args.model_type not in (None, "roberta"):
         raise InputError(f"model_type: {scratch_args.model_type} is no classifier; give roberta or leave it out")
 
-    from rich.console import Console
     from transformers import DataCollatorWithPadding, TrainingArguments
     from trl import RewardConfig
 
@@ -92,7 +91,9 @@ def main() -> None:
     from yunque.data.labels import load_labelled_split, load_labelled_splits
     from yunque.data.preferences import holds_pairs, load_preference_split, load_preferences
     from yunque.distributed.reward_trainer import PairTrainer
-    from yunque.distributed.supervised import claim_output_dir, fit, remove_checkpoints, start_run, trainer_arguments
+    from yunque.distributed.saving import gathered_weights
+    from yunque.distributed.start import split_while_loading, start_run
+    from yunque.distributed.supervised import claim_output_dir, fit, remove_checkpoints, trainer_arguments
     from yunque.distributed.trainers import ClassifierTrainer, label_loss
     from yunque.evaluation.reward_plots import plot_pair_scores
     from yunque.metrics.classification import accuracy_by_group, classification_scores
@@ -103,8 +104,7 @@ def main() -> None:
 
     # ---- seed and logging ----
     parents = [] if scratch_args.from_scratch else [model_args.model_name_or_path or ""]
-    main_process = start_run(args, inputs=parents)
-    console = Console(quiet=not main_process, soft_wrap=True)
+    console = start_run(args, parents, "reward", model_args)
     config = {name: value for group in groups for name, value in asdict(group).items()}
 
     # ---- data ----
@@ -141,6 +141,7 @@ def main() -> None:
         tokenizer = train_tokenizer(texts, "roberta", scratch_args.vocab_size, max_length_tokens=reader_args.max_length)
         model = new_model(scratch_args, "roberta", tokenizer, seed=args.seed, label_names=label_names)
     else:
+        split_while_loading(args)
         tokenizer = load_tokenizer(model_args)
         model = load_to_classify(model_args, tokenizer, label_names)
     console.print(trainable_parameters(model))
@@ -179,7 +180,7 @@ def main() -> None:
         )
 
     # ---- train ----
-    metrics: dict[str, Any] = fit(trainer, args)
+    metrics: dict[str, Any] = fit(trainer, args)[0]
 
     # ---- evaluate ----
     kinds = ("accuracy", "longer_accuracy", "above_longer") if pairs else ("accuracy", "macro_f1")
@@ -209,13 +210,14 @@ def main() -> None:
     metrics |= report.pop("test") | report
 
     # ---- save ----
-    if not main_process:
+    weights = gathered_weights(trainer.accelerator, model, trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
         return
     folder = Path(args.output_dir)
     report_name = "pairs.json" if pairs else "classification.json"
 
     def write(staging: Path) -> None:
-        save_classifier(trainer.model, tokenizer, staging, merge=model_args.merge_adapter)
+        save_classifier(model, tokenizer, staging, merge=model_args.merge_adapter, weights=weights)
         (staging / report_name).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         if pairs:
             plot_pair_scores(*plotted, staging)

@@ -1,6 +1,8 @@
 """Exit codes and the one-line messages of user errors."""
 
+import contextlib
 import errno
+import signal
 
 import pytest
 
@@ -30,6 +32,21 @@ def leave(error: BaseException | None) -> int:
 def test_exit_code_and_one_line(error, code, line, capsys):
     assert leave(error) == code
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_outside_training_stops_at_once_whatever_catches_exceptions(number, capsys):
+    def main() -> None:
+        with contextlib.suppress(Exception):
+            signal.raise_signal(number)
+        raise AssertionError("the signal was swallowed")
+
+    former = signal.getsignal(number)
+    with pytest.raises(SystemExit) as exit_:
+        errors.run(main)
+    assert exit_.value.code == 75
+    assert capsys.readouterr().err.startswith(f"stopped: by {number.name}; start again, with --resume")
+    assert signal.getsignal(number) is former
 
 
 def test_only_rank_0_prints(capsys, monkeypatch):

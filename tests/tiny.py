@@ -8,6 +8,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BartConfig,
+    BertConfig,
+    DistilBertConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -69,6 +71,21 @@ def roberta(labels=("nothate", "hate"), **options):
         vocab_size=VOCABULARY, max_position_embeddings=66, bos_token_id=1, **SMALL, **SPECIAL,
         id2label=dict(enumerate(labels)), label2id={label: index for index, label in enumerate(labels)},
     )  # fmt: skip
+    return _build(AutoModelForSequenceClassification, config, options)
+
+
+def bert(**options):
+    return _build(
+        AutoModelForSequenceClassification,
+        BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, pad_token_id=0, **SMALL),
+        options,
+    )
+
+
+def distilbert(**options):
+    config = DistilBertConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=64, dim=16, n_layers=2, n_heads=2, hidden_dim=32, pad_token_id=0
+    )
     return _build(AutoModelForSequenceClassification, config, options)
 
 

@@ -94,7 +94,7 @@ def save_model_folder(
         shutil.rmtree(staging, ignore_errors=True)  # left by a killed save
         staging.mkdir()
         write(staging)
-        files = {name: _sync_and_describe(staging / name) for name in _file_names(staging)}
+        files = {name: sync_and_describe(staging / name) for name in _file_names(staging)}
         manifest = Manifest(
             stage=stage,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -113,7 +113,7 @@ def save_model_folder(
         )
         # The manifest takes its room on the disk now: from here on there are only renames.
         (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-        _fsync(staging / MANIFEST)
+        fsync(staging / MANIFEST)
         _commit(staging, folder, files)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -133,14 +133,14 @@ def _commit(staging: Path, folder: Path, names: Iterable[str]) -> None:
         parent.mkdir(parents=True, exist_ok=True)
     former = _listed_files(folder)
     (folder / MANIFEST).unlink(missing_ok=True)
-    _fsync(folder)  # no crash may bring the former manifest back beside new files
+    fsync(folder)  # no crash may bring the former manifest back beside new files
     for name, target in zip(names, targets, strict=True):
         os.replace(staging / name, target)
     _remove_files(folder, set(former) - set(names))
     for parent in folders:
-        _fsync(parent)
+        fsync(parent)
     os.replace(staging / MANIFEST, folder / MANIFEST)
-    _fsync(folder)
+    fsync(folder)
     shutil.rmtree(staging, ignore_errors=True)
 
 
@@ -212,12 +212,14 @@ def _file_names(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)  # a copied folder's manifest is not this one's
 
 
-def _sync_and_describe(path: Path) -> dict[str, Any]:
-    _fsync(path)
+def sync_and_describe(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file that now lies on the disk."""
+    fsync(path)
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

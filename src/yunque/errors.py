@@ -5,8 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 EXIT_CHECK_FAILED = 1
@@ -47,18 +51,44 @@ def disk_full(folder: object, error: BaseException) -> InputError:
     )
 
 
+class _SignalStop(KeyboardInterrupt):
+    """A signal outside training: like Ctrl-C it passes through every ``except Exception``."""
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    raise _SignalStop(f"by {signal.Signals(number).name}; start again, with --resume where the run has checkpoints")
+
+
+@contextmanager
+def _stopping_at_once() -> Iterator[None]:
+    """Let the signals that schedulers send end the script as stopped, wherever nothing else handles them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {
+        number: signal.signal(number, _stop_at_once) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's ``main`` and leave with the project's exit codes, printing user errors as one line.
 
-    Exit codes: 0 done, 1 a check failed, 2 bad input or a full disk, 75 stopped by a signal after saving.
+    Exit codes: 0 done, 1 a check failed, 2 bad input or a full disk, 75 stopped by a signal: in training after saving,
+    before and after it at once, since nothing is lost.
     Only rank 0 prints, since all ranks of a launch meet the same user error.
     """
     code = 0
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it misses an optional kernel
     try:
-        main()
-    except Exception as error:
-        if isinstance(error, Stopped):
+        with _stopping_at_once():
+            main()
+    except (Exception, _SignalStop) as error:
+        if isinstance(error, Stopped | _SignalStop):
             code, label = EXIT_TRY_AGAIN, "stopped"
         elif isinstance(error, CheckFailed):
             code, label = EXIT_CHECK_FAILED, "failed"

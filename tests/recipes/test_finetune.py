@@ -212,7 +212,7 @@ def test_a_killed_run_resumes_to_the_same_metrics(start_recipe, called, finetune
     undisturbed = called("finetune", options | {"output_dir": tmp_path / "undisturbed"})
     options |= {"output_dir": tmp_path / "killed"}
     process = start_recipe("finetune", options)
-    wait_for(tmp_path / "killed" / "checkpoints" / "checkpoint-20" / "trainer_state.json", process)
+    wait_for(tmp_path / "killed" / "checkpoints" / "step-000020", process)
     process.kill()
     process.communicate()
     assert not (tmp_path / "killed" / "yunque.json").exists()
@@ -230,14 +230,14 @@ def test_a_signal_saves_and_asks_to_try_again(start_recipe, called, finetune_opt
     _, errors = process.communicate()
     assert process.returncode == 75
     assert "--resume" in errors.splitlines()[-1]
-    (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
+    (checkpoint,) = (tmp_path / "out" / "checkpoints").glob("step-*")
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     run = called("finetune", options | {"resume": True, "max_steps": step + 2})
     assert run.manifest["metrics"]["train_steps"] == step + 2
 
 
 def test_a_checkpoint_killed_half_way_is_passed_over(call_recipe, finetune_options, tmp_path):
-    folder = tmp_path / "out" / "checkpoints" / "checkpoint-8"
+    folder = tmp_path / "out" / "checkpoints" / ".partial"
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text('{"global_st')
     process = call_recipe("finetune", finetune_options(output_dir=tmp_path / "out", max_steps=1, resume=True))

@@ -105,7 +105,7 @@ def test_a_guard_that_keeps_firing_ends_the_run_with_exit_code_1(call_recipe, pp
     assert "Traceback" not in process.stderr
     dumps = sorted(path.name for path in folder.glob("guard_*"))
     assert dumps == [f"guard_reward_std_step_{step}.jsonl" for step in (1, 2, 3)]
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000003"]
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-000003"]
     assert not (folder / "yunque.json").exists()
 
 

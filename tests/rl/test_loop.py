@@ -125,7 +125,7 @@ def log_of(loop):
 
 
 def checkpoints_of(loop):
-    return sorted(path.name for path in (loop.folder / "checkpoints").iterdir())
+    return sorted(path.name for path in (loop.folder / "checkpoints").glob("step-*"))
 
 
 def assert_same_end(weights_of, loop, other):
@@ -283,10 +283,39 @@ def test_a_second_interrupt_stops_at_once(loop_of):
         loop_of(reward=During(1, twice)).train()
 
 
-def test_a_signal_during_the_last_step_ends_the_run_as_usual(loop_of):
+def test_a_signal_during_the_last_step_leaves_only_what_follows_training(loop_of, weights_of):
     loop = loop_of(steps=2, reward=During(2, interrupt))
-    loop.train()
+    with pytest.raises(Stopped, match="saved step 2 of 2"):
+        loop.train()
     assert checkpoints_of(loop) == ["step-000002"]
+    assert json.loads((loop.folder / "checkpoints" / "stopped.json").read_text())["step"] == 2
+    resumed = loop_of(steps=2, resume=True)
+    resumed.train()
+    assert_same_end(weights_of, resumed, loop)
+
+
+def test_the_last_step_is_saved_and_the_best_checkpoint_kept(loop_of):
+    loop = loop_of(steps=5, run={"save_steps": 2, "save_total_limit": 1})
+    loop.train()
+    rewards = [record["scores/raw_mean"] for record in log_of(loop)]
+    means = {2: np.mean(rewards[:2]), 4: np.mean(rewards[2:4]), 5: rewards[4]}
+    best = max(means, key=lambda step: means[step])
+    assert checkpoints_of(loop) == sorted({f"step-{best:06}", "step-000005"})
+    pointer = json.loads((loop.folder / "checkpoints" / "best.json").read_text())
+    assert (pointer["step"], pointer["metric"]) == (best, "reward")
+    assert pointer["value"] == pytest.approx(means[best])
+
+
+def test_a_damaged_checkpoint_costs_one_interval_and_the_end_is_the_same(loop_of, weights_of, capsys):
+    with pytest.raises(Stopped):
+        loop_of("broken", reward=During(4, interrupt)).train()
+    state = loop_of("broken").folder / "checkpoints" / "step-000004" / "state.json"
+    state.write_text(state.read_text().replace("0", "1", 1))
+    resumed, unbroken = loop_of("broken", resume=True), loop_of("unbroken")
+    for loop in (resumed, unbroken):
+        loop.train()
+    assert "step-000004 is damaged: state.json has other content" in capsys.readouterr().err
+    assert_same_end(weights_of, resumed, unbroken)
 
 
 def test_steps_logged_after_the_last_checkpoint_are_done_again_and_half_a_line_is_dropped(loop_of, weights_of):

@@ -9,7 +9,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from yunque import __version__, errors
-from yunque.cli import data
+from yunque.cli import data, rehearse
+from yunque.cli.plan import plan
 from yunque.cli.show import show
 
 # Typer keeps click's exceptions to itself in its newer versions; this is click's UsageError in all of them.
@@ -17,7 +18,9 @@ _UsageError = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(add_completion=False, help="From fine-tuning through alignment to a compressed model in production.")
 app.command()(show)
+app.command()(plan)
 app.add_typer(data.app, name="data")
+app.command(context_settings=rehearse.CONTEXT)(rehearse.rehearse)
 
 
 def main() -> NoReturn:

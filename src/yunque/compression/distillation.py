@@ -13,9 +13,10 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from yunque.compression.arguments import DistillationArguments
 from yunque.compression.divergences import divergence
@@ -239,7 +240,7 @@ def answers_of(
         max_new_tokens=max_new_tokens,
         eos_token_id=adapter.eos_ids,
         pad_token_id=adapter.pad_id,
-        synced_gpus=is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model),
+        synced_gpus=is_deepspeed_zero3_enabled() or isinstance(model, FSDPModule),
     )
     answers = []
     for row in tokens[:, adapter.response_start(inputs) :].tolist():

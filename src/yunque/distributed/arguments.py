@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,7 +20,8 @@ class RunArguments:
     max_steps: int = field(default=-1, metadata={"help": "Training steps; -1 follows num_train_epochs."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the prompts if max_steps is -1."})
     save_steps: int = field(default=20, metadata={"help": "Steps between checkpoints."})
-    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints kept."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints kept, beside the best."})
+    async_save: bool = field(default=True, metadata={"help": "Write checkpoints while training goes on."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Held-out prompts per forward pass."})
     mixed_precision: Literal["no", "bf16"] | None = field(
         default=None, metadata={"help": "Autocast precision; the launch profile's if unset."}
@@ -30,6 +32,8 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun has started all ranks again
+            self.resume = True
         if self.max_steps < -1 or self.max_steps == 0:
             raise InputError(f"max_steps: {self.max_steps} is not a number of steps; give 1 or more, or -1")
         if self.num_train_epochs <= 0:

@@ -13,10 +13,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
-from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from yunque.data.targets import IGNORED
+from yunque.distributed.layouts import data_ranks
 from yunque.metrics.bootstrap import bootstrap, paired_bootstrap
 from yunque.metrics.rouge import rouge_scores
 from yunque.models.adapter import ModelAdapter, TokenIds, pad
@@ -35,6 +37,17 @@ class HeldOutScores:
     def losses(self) -> np.ndarray:
         """Nats per label token of each row."""
         return self.nats / self.num_tokens
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        arrays = {"nats": self.nats, "num_tokens": self.num_tokens, "rougeL": self.rougeL}
+        return {name: value.tolist() for name, value in arrays.items()} | {"predictions": self.predictions}
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> HeldOutScores:
+        """What to_json was made of."""
+        numbers = (np.array(content[name]) for name in ("nats", "num_tokens", "rougeL"))
+        return HeldOutScores(*numbers, content["predictions"])
 
     def as_dict(self, seed: int) -> dict[str, Any]:
         """Loss per label token over all rows, and ROUGE-L with its interval."""
@@ -60,8 +73,7 @@ class HeldOut:
         was_training = model.training
         model.eval()
         found: list[tuple[int, float, int, str]] = []
-        with self.accelerator.split_between_processes(list(range(len(rows))), apply_padding=True) as here:
-            batches = [here[start : start + self.batch_size] for start in range(0, len(here), self.batch_size)]
+        batches = self._share(len(rows))
         with self.accelerator.autocast():
             for numbers in batches:
                 batch = rows.select(numbers, keep_in_memory=True)
@@ -77,6 +89,13 @@ class HeldOut:
         all_nats, all_counts, all_texts = zip(*(by_row[number] for number in range(len(rows))), strict=True)
         rouge = rouge_scores(all_texts, list(rows["references"]))["rougeL"]
         return HeldOutScores(np.array(all_nats), np.array(all_counts), rouge, list(all_texts))
+
+    def _share(self, count: int) -> list[list[int]]:
+        """Batches of the rows of this rank: as many and as large on every rank, so that none waits for another."""
+        rank, ranks = data_ranks(self.accelerator.process_index, self.accelerator.num_processes)
+        size = -(-count // ranks)
+        here = [min(row, count - 1) for row in range(rank * size, (rank + 1) * size)]
+        return [here[start : start + self.batch_size] for start in range(0, size, self.batch_size)]
 
     def _losses(self, model: Any, batch: datasets.Dataset) -> tuple[Tensor, Tensor]:
         """Nats (B,) of the labels of each row and their number (B,)."""
@@ -103,7 +122,7 @@ class HeldOut:
             num_beams=1,
             eos_token_id=self.adapter.eos_ids,
             pad_token_id=self.adapter.pad_id,
-            synced_gpus=is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model),
+            synced_gpus=is_deepspeed_zero3_enabled() or isinstance(model, FSDPModule),
         )
         answers = tokens[:, self.adapter.response_start(inputs) :]
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]

@@ -14,8 +14,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
+from yunque.distributed.resumable import ResumableTrainer
 from yunque.distributed.trainers import LengthGroupedSampler
 from yunque.models.adapter import ModelAdapter
 from yunque.models.policy import Policy, Reference, disable_dropout, score_tokens
@@ -32,7 +33,7 @@ _SUMS = (
 )
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(ResumableTrainer):
     """Minimises an objective over pairs, and keeps the start model as its reference where the objective needs one.
 
     TRL's DPOTrainer has no encoder-decoder and its ORPOTrainer scores prompts too; both keep whole logits or a fused
@@ -58,11 +59,12 @@ class PreferenceTrainer(Trainer):
     ) -> None:
         if not keep_dropout:
             disable_dropout(model)
+        self.collator = PairCollator(adapter)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
-            data_collator=PairCollator(adapter),
+            data_collator=self.collator,
             processing_class=tokenizer,
         )
         self.adapter, self.objective = adapter, objective
@@ -71,7 +73,10 @@ class PreferenceTrainer(Trainer):
         self._sums: Tensor | None = None
 
     def keep_reference(self, *, adapter_is_trained: bool) -> None:
-        """Keep the model as it is now to compare with: by its adapters where it has them, else as a frozen copy."""
+        """Keep the model as it is now to compare with: by its adapters where it has them, else as a frozen copy.
+
+        A copy is whole on every rank: of a model that does not fit so, take precompute_reference.
+        """
         copy = None if isinstance(self.model, PeftModel) else deepcopy(self.model).to(self.args.device)
         self.reference = Reference(self.policy, adapter_is_trained=adapter_is_trained, model=copy)
 
@@ -83,11 +88,17 @@ class PreferenceTrainer(Trainer):
             scores_N2 = self.log_probabilities(rows)
             if self.is_world_process_zero():
                 cache.parent.mkdir(parents=True, exist_ok=True)
-                with cache.open("wb") as file:
+                partial = cache.with_name(f".{cache.name}")  # a kill must not leave half a file under its name
+                with partial.open("wb") as file:
                     np.save(file, scores_N2)
-        for column, name in enumerate(("reference_chosen", "reference_rejected")):
-            rows = rows.add_column(name, scores_N2[:, column].tolist())
-        self.train_dataset = rows
+                partial.rename(cache)
+        self.collator.reference = dict(zip(rows["row"], scores_N2.tolist(), strict=True))
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether the engine leaves each rank a part of the weights only."""
+        deepspeed = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return deepspeed or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
 
     @torch.no_grad()
     def log_probabilities(self, rows: datasets.Dataset, *, per_token: bool = False) -> np.ndarray:
@@ -99,14 +110,17 @@ class PreferenceTrainer(Trainer):
             self.model.to(self.args.device)
         model: Any = self.model_wrapped if self.state.global_step else self.model
         parts = []
+        known, self.collator.reference = self.collator.reference, None  # of the train rows
         with _evaluating(model):
             for batch in self.get_test_dataloader(rows):
                 scores = self._pair_scores(model, self._prepare_inputs(batch))
                 scores_B2 = torch.stack([scores.chosen_B, scores.rejected_B], dim=1)
                 if per_token:
                     scores_B2 /= torch.stack([scores.chosen_tokens_B, scores.rejected_tokens_B], dim=1)
-                parts.append(self.accelerator.gather_for_metrics(scores_B2))
-        return torch.cat(parts).cpu().numpy()
+                ranks = self.accelerator.gather(scores_B2).chunk(self.accelerator.num_processes)
+                parts += ranks[:: self.get_tp_size()]  # tensor-parallel ranks have scored the same rows
+        self.collator.reference = known
+        return torch.cat(parts)[: len(rows)].cpu().numpy()  # without those that fill up the last batch
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
         """Batches of one optimizer step, with their pairs and chosen tokens counted over all ranks."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from yunque.artifacts import CHECKPOINTS, LOG, check_output_dir, prepare_output_dir
+from yunque.artifacts import CHECKPOINTS, LOG, prepare_output_dir
 from yunque.distributed.arguments import RunArguments
-from yunque.errors import InputError, Stopped
+from yunque.distributed.layouts import data_ranks
+from yunque.distributed.start import precision
+from yunque.errors import InputError, Stopped, disk_full, is_disk_full
+from yunque.models.placement import tensor_parallel
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -24,7 +26,11 @@ if TYPE_CHECKING:
 
     AnyTrainingArguments = TypeVar("AnyTrainingArguments", bound=TrainingArguments)
 
-_TRAINER_STATE = "trainer_state.json"
+_SAME = (
+    *("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("label_smoothing_factor", "train_sampling_strategy"),
+)
+"""Options that a resumed run must share with its checkpoint; how long it goes on is free."""
 
 
 @dataclass
@@ -82,8 +88,11 @@ def trainer_arguments(
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     import torch
 
-    if args.mixed_precision == "bf16" and not torch.accelerator.is_available():
+    bf16 = precision(args) == "bf16"
+    if bf16 and not torch.accelerator.is_available():
         extra["use_cpu"] = True  # or transformers takes bf16 for a mistake
+    if tensor_parallel():
+        extra["save_strategy"] = "no"  # the Trainer has no checkpoints of weights that are split as they are read
     # Always said, since TRL's default is to do it; later 5.x versions warn of the old name.
     names = {option.name for option in fields(kind)}
     recompute = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
@@ -107,27 +116,13 @@ def trainer_arguments(
             save_steps=args.save_steps,
             save_total_limit=args.save_total_limit,
             seed=args.seed,
-            bf16=args.mixed_precision == "bf16",
+            bf16=bf16,
             report_to=args.report_to or ["none"],
             dataloader_pin_memory=False,
             **extra,
         )
     except ValueError as error:
         raise InputError(f"training arguments: {error}") from error
-
-
-def start_run(args: RunArguments, inputs: Sequence[str]) -> bool:
-    """Check ``output_dir`` on every rank, seed all generators; True on the main process.
-
-    Raises:
-        InputError: as ``check_output_dir``.
-    """
-    from accelerate import PartialState
-    from transformers import set_seed
-
-    check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=args.resume, inputs=inputs)
-    set_seed(args.seed)
-    return PartialState().is_main_process
 
 
 def claim_output_dir(args: RunArguments) -> None:
@@ -145,27 +140,51 @@ def claim_output_dir(args: RunArguments) -> None:
     state.wait_for_everyone()
 
 
-def fit(trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments) -> dict[str, float]:
-    """Train, from the last checkpoint under ``resume``, and return first and last loss, steps and time.
+def fit(
+    trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments, before: Callable[[], Any] | None = None
+) -> tuple[dict[str, float], Any]:
+    """Train, from the last checkpoint under ``resume``; return first and last loss, steps and time.
+
+    ``before`` measures the start model, when the engine has it; what it returned, as JSON keeps it, comes second.
 
     Raises:
         CheckFailed: the loss is not a number.
         Stopped: a signal came; a checkpoint is saved.
+        InputError: ``resume`` finds a checkpoint of another run, or damaged ones only; the disk is full.
     """
-    from yunque.distributed.checkpoint import StopSignal
-    from yunque.distributed.trainers import LogLines, StopOnSignal
+    from transformers.trainer_utils import SaveStrategy
+
+    from yunque.distributed.checkpoint import Checkpoints, StopSignal
+    from yunque.distributed.trainers import BeforeTraining, LogLines, StopOnSignal
 
     folder = Path(args.output_dir)
     trainer.group_by_length = args.train_sampling_strategy == "group_by_length"
+    trainer.identity = _identity(trainer, args)
+    trainer.checkpoints = Checkpoints(
+        folder / CHECKPOINTS, trainer.accelerator, keep=args.save_total_limit, asynchronous=args.async_save
+    )
+    _keep_outputs_exact(trainer)
+    if tensor_parallel():
+        trainer.args.save_strategy = SaveStrategy.STEPS  # with checkpoints of ours, which the Trainer did not know of
+    found = trainer.checkpoints.newest() if args.resume else None
+    start = BeforeTraining(lambda: _measured(trainer, before), folder / CHECKPOINTS / "before.json")
     wall_s, cpu_s = time.perf_counter(), time.process_time()
-    with StopSignal() as signal:
-        trainer.add_callback(LogLines(folder / LOG))
-        trainer.add_callback(StopOnSignal(signal, trainer.accelerator))
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder) if args.resume else None)
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise Stopped(f"at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with --resume")
+    try:
+        with StopSignal() as signal, trainer.checkpoints:
+            stop = StopOnSignal(signal, trainer.accelerator)
+            for callback in (start, LogLines(folder / LOG), stop):
+                trainer.add_callback(callback)
+            trainer.train(resume_from_checkpoint=trainer.go_on_from(found) if found else None)
+    except Exception as error:
+        if is_disk_full(error):
+            raise disk_full(folder, error) from error
+        raise
+    if stop.stopped:
+        step, steps = trainer.state.global_step, trainer.state.max_steps
+        trainer.checkpoints.mark_stopped(step, steps)
+        raise Stopped(f"at step {step} of {steps}; go on with --resume")
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return {
+    metrics = {
         "train_loss_first": losses[0],
         "train_loss": losses[-1],
         "train_steps": trainer.state.global_step,
@@ -173,17 +192,40 @@ def fit(trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments) 
         "train_wall_s": time.perf_counter() - wall_s,
         "train_cpu_s": time.process_time() - cpu_s,
     }
+    return metrics, start.result
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """Newest checkpoint of the run in ``folder`` that is complete: the Trainer writes its state file last."""
-    complete = []
-    for state in (folder / CHECKPOINTS).glob(f"checkpoint-*/{_TRAINER_STATE}"):
-        try:
-            complete.append((json.loads(state.read_text())["global_step"], str(state.parent)))
-        except (ValueError, KeyError):
-            continue  # killed while writing it
-    return max(complete)[1] if complete else None
+def _measured(trainer: LengthGrouping | PreferenceTrainer, before: Callable[[], Any] | None) -> Any:
+    """What ``before`` returns; then ZeRO-3 forgets its forward passes, by whose order it would gather in the backward."""
+    if before is None:
+        return None
+    result = before()
+    offload = getattr(getattr(trainer.model_wrapped, "optimizer", None), "parameter_offload", None)
+    if offload is not None and not offload.get_param_coordinator().is_invalid_trace():
+        offload.get_param_coordinator()._invalidate_trace()
+    return result
+
+
+def _keep_outputs_exact(trainer: LengthGrouping | PreferenceTrainer) -> None:
+    """Let losses leave the model as they are: FSDP2 would round all outputs to the type it computes in."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def _identity(trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments) -> dict[str, Any]:
+    """What decides the curve of a run: none of it may change when the run is resumed."""
+    same = {name: getattr(args, name) for name in _SAME}
+    model: Any = trainer.model
+    rows: Any = trainer.train_dataset
+    _, ranks = data_ranks(trainer.accelerator.process_index, trainer.accelerator.num_processes)
+    return same | {
+        "model_name_or_path": model.config._name_or_path,
+        "train rows": len(rows),
+        "per_device_train_batch_size x gradient_accumulation_steps x ranks": (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
+        ),
+    }
 
 
 def remove_checkpoints(args: RunArguments) -> None:

@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from yunque.distributed.checkpoint import StopSignal
+from yunque.distributed.resumable import ResumableTrainer
 from yunque.errors import CheckFailed
 
 _POOL_BATCHES = 50
@@ -68,7 +69,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = epoch
 
 
-class LengthGrouping(Trainer):
+class LengthGrouping(ResumableTrainer):
     """Trainer whose batches may be grouped by length."""
 
     group_by_length = False
@@ -128,13 +129,38 @@ class LogLines(TrainerCallback):
                 file.write(json.dumps(line) + "\n")
 
 
+class BeforeTraining(TrainerCallback):
+    """Measures the model as it starts, once the engine holds it: before, a sharded model is on no rank.
+
+    ``measure`` runs on every rank and returns what JSON can hold; a resumed run reads it from ``path``.
+    """
+
+    def __init__(self, measure: Callable[[], Any], path: Path) -> None:
+        self.measure, self.path = measure, path
+        self.result: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure, unless a checkpoint has been loaded."""
+        if state.global_step:
+            self.result = json.loads(self.path.read_text(encoding="utf-8"))
+            return
+        self.result = self.measure()
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.result), encoding="utf-8")
+
+
 class StopOnSignal(TrainerCallback):
     """Saves a checkpoint and stops after the step in which any rank was signalled."""
 
     def __init__(self, signal: StopSignal, accelerator: Accelerator) -> None:
         self.signal, self.accelerator = signal, accelerator
+        self.stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the Trainer to save and stop; at the last step it does so anyway."""
-        if self.signal.agreed(self.accelerator):
+        self.stopped = self.signal.agreed(self.accelerator)
+        if self.stopped:
             control.should_save = control.should_training_stop = True

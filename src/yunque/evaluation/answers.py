@@ -68,11 +68,11 @@ class HeldOut:
 
     def before_and_after(self) -> tuple[Answers, Answers, float]:
         """Answers of the reference and of the policy, and the policy's final KL to the reference in nats per answer."""
-        policy, reference = self.trainer.unwrapped, self.trainer.reference
-        with reference.model() as model:
-            before, _ = self.answers(model, "before")
-        after, responses = self.answers(policy.model, "after")
-        return before, after, self.divergence(policy, reference, responses)
+        with self.trainer.whole() as (policy, reference):
+            with reference.model() as model:
+                before, _ = self.answers(model, "before")
+            after, responses = self.answers(policy.model, "after")
+            return before, after, self.divergence(policy, reference, responses)
 
     @torch.no_grad()
     def divergence(self, policy: Policy, reference: Reference, responses: Sequence[Response]) -> float:

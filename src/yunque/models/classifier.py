@@ -48,18 +48,21 @@ def load_to_classify(args: ModelArguments, tokenizer: Any, label_names: Sequence
     return add_lora(model, args, TaskType.SEQ_CLS) if args.use_peft else model
 
 
-def save_classifier(model: Any, tokenizer: Any, folder: Path, *, merge: bool) -> None:
+def save_classifier(
+    model: Any, tokenizer: Any, folder: Path, *, merge: bool, weights: dict[str, Any] | None = None
+) -> None:
     """Write a plain classifier folder; of a model with LoRA the merged one and, unless ``merge``, ``adapter`` in it.
 
-    Merged because that is what every reader of classifiers loads: an adapter's base has another head.
+    Merged because that is what every reader of classifiers loads: an adapter's base has another head. ``weights`` are
+    the gathered ones of a model that is split over ranks.
     """
     from peft import PeftModel
 
     from yunque.models.loading import save_model
 
-    save_model(model, tokenizer, folder, merge=True)
+    save_model(model, tokenizer, folder, merge=True, weights=weights)
     if isinstance(model, PeftModel) and not merge:
-        model.save_pretrained(str(folder / ADAPTER))
+        model.save_pretrained(str(folder / ADAPTER), state_dict=weights)
 
 
 def encode_texts(

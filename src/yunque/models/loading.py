@@ -9,9 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-from peft import LoraConfig, PeftModel, PeftType, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PeftType,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +36,8 @@ from transformers.utils import logging
 
 from yunque.errors import InputError
 from yunque.models.arguments import ModelArguments, PromptTuningArguments
+from yunque.models.copying import read_whole
+from yunque.models.placement import check_adapter, loading_options, share_embedding, weights_left_whole
 from yunque.models.quantized import (
     dtype_of_the_rest,
     is_quantized,
@@ -93,24 +105,29 @@ def load_model(
         raise InputError(f"model_name_or_path: {name} holds virtual tokens (prompt tuning); give a LoRA adapter")
     model = load_base(adapter["base_model_name_or_path"] if adapter else name, args)
     _check_vocabulary(model, tokenizer, name)
-    if adapter:
-        return _load_adapter(model, name, adapter)
     if new_tokens:
         return _add_virtual_tokens(model, tokenizer, name, prompt)
-    return add_lora(model, args) if args.use_peft else model
+    if adapter:
+        model = _load_adapter(model, name, adapter)
+    elif args.use_peft:
+        model = add_lora(model, args)
+    check_adapter(model)
+    return model
 
 
 def load_base(name: str, args: ModelArguments) -> PreTrainedModel:
     """Load weights with the language head their configuration calls for, as nf4 under ``load_in_4bit``.
 
     Raises:
-        InputError: no such model, an architecture without language head, or nothing in it to quantize.
+        InputError: no such model, an architecture without language head, nothing in it to quantize, or no plan for the
+            tensor parallelism of the launch profile.
     """
     config = load_config(name, args)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": args.dtype}
     if args.load_in_4bit:
         options = {"dtype": dtype_of_the_rest(), "quantization_config": nf4_config(args.quantize_head)}
+    options |= loading_options(config)
     try:
         with without_float32_modules(args.load_in_4bit, auto, config):
             model = auto.from_pretrained(
@@ -123,6 +140,7 @@ def load_base(name: str, args: ModelArguments) -> PreTrainedModel:
     except _MODEL_ERRORS as error:
         raise _unloadable("model_name_or_path", name, "language model", error) from error
     keep_head_untied(model)
+    share_embedding(model)
     if args.load_in_4bit:
         keep_packing(model)
         refuse_if_nothing_is_quantized(model, quantize_head=args.quantize_head)
@@ -152,7 +170,7 @@ def load_classifier(name: str, option: str = "reward_model_name_or_path") -> tup
     _check_path(name, option)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        with _without_load_report():
+        with _without_load_report(), read_whole():
             model, report = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
     except _MODEL_ERRORS as error:
         raise _unloadable(option, name, "classifier", error) from error
@@ -189,15 +207,26 @@ def keep_head_untied(model: PreTrainedModel) -> None:
         model.config.tie_word_embeddings = False
 
 
-def save_model(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, *, merge: bool = False) -> None:
-    """Write weights (an adapter in PEFT's format unless ``merge``), configuration and tokenizer into ``folder``."""
-    if isinstance(model, PeftModel):
-        if merge:
-            merged(model).save_pretrained(folder)
+def save_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    merge: bool = False,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write weights (an adapter in PEFT's format unless ``merge``), configuration and tokenizer into ``folder``.
+
+    ``weights`` are the gathered ones of a model that is split over ranks.
+    """
+    with weights_left_whole(model):
+        if not isinstance(model, PeftModel):
+            model.save_pretrained(folder, state_dict=weights)
+        elif not merge:
+            with _answering_for_virtual_tokens(model, weights):
+                model.save_pretrained(str(folder), selected_adapters=["default"], state_dict=weights)
         else:
-            model.save_pretrained(str(folder), selected_adapters=["default"])
-    else:
-        model.save_pretrained(folder)
+            merged(model if weights is None else _with_weights(model, weights)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -210,12 +239,39 @@ def merge_loaded_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return plain
 
 
+@contextmanager
+def _answering_for_virtual_tokens(model: PeftModel, weights: dict[str, Tensor] | None) -> Iterator[None]:
+    """While entered, virtual tokens are the gathered ones: PEFT would ask their module, which is in pieces."""
+    if weights is None or not model.active_peft_config.is_prompt_learning:
+        yield
+        return
+    (tokens,) = weights.values()
+    model.get_prompt_embedding_to_save = lambda adapter_name: tokens
+    try:
+        yield
+    finally:
+        del model.get_prompt_embedding_to_save
+
+
+def _with_weights(model: PeftModel, weights: dict[str, Tensor]) -> PeftModel:
+    """A model on the CPU with the base of ``model``, read once more, under its adapter's ``weights``."""
+    base = model.get_base_model()
+    again = type(base).from_pretrained(
+        base.name_or_path, config=base.config, dtype=base.dtype, ignore_mismatched_sizes=True
+    )
+    keep_head_untied(again)
+    copy = get_peft_model(again, model.peft_config["default"])
+    set_peft_model_state_dict(copy, get_peft_model_state_dict(model, weights, adapter_name="default"))
+    return copy
+
+
 def trainable_parameters(model: nn.Module) -> str:
     """Say how many parameters train, as the notebooks print it; an nf4 weight counts all its elements."""
     trainable = total = 0
     parameters: Iterator[Any] = model.parameters()
     for parameter in parameters:
-        count = parameter.quant_state.shape.numel() if is_quantized(parameter) else parameter.numel()
+        whole = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty one
+        count = parameter.quant_state.shape.numel() if is_quantized(parameter) else whole
         total += count
         trainable += count if parameter.requires_grad else 0
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"

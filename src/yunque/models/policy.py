@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from yunque.models.adapter import ModelAdapter, ScoringBatch
+from yunque.models.copying import copy_module, whole_partitions
 from yunque.models.fusing import fuse_layers
 from yunque.models.head import HeadWeights, head_scores
 from yunque.models.loading import REFERENCE_ADAPTER
@@ -58,6 +58,20 @@ class Policy(nn.Module):
         fuse_layers(model)
         self.plain_head = has_plain_head(model, adapter)
 
+    @property
+    def config(self) -> Any:
+        """The language model's configuration, where engines look for sizes."""
+        return self.model.config
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the layers that FSDP2 gathers one by one."""
+        return list(_base(self.model)._no_split_modules or ())
+
+    def tie_weights(self) -> None:
+        """Tie again what FSDP2 has untied by moving the model."""
+        _base(self.model).tie_weights()
+
     def forward(self, batch: ScoringBatch, temperature: float = 1.0, keep_logits: bool = False) -> TokenScores:
         """Score the response tokens of ``batch`` under the policy that samples at ``temperature``."""
         lean = self.plain_head and not keep_logits
@@ -81,12 +95,24 @@ class Reference:
         if model is not None:
             fuse_layers(model.eval().requires_grad_(False))
         elif not isinstance(policy.model, PeftModel):
-            self._copy = deepcopy(policy.model).eval().requires_grad_(False)
+            self._copy = copy_module(policy.model).eval().requires_grad_(False)
         elif adapter_is_trained:
             self._named = True
             policy.model.add_adapter(REFERENCE_ADAPTER, policy.model.peft_config["default"])
             _copy_adapter(policy.model, "default", REFERENCE_ADAPTER)
             _activate(policy.model, "default")
+
+    @property
+    def copy(self) -> nn.Module | None:
+        """The frozen copy, or given model; None where adapters make the difference."""
+        return self._copy
+
+    def on(self, policy: Policy, copy: nn.Module | None) -> Reference:
+        """The same reference by other modules: twins of its policy and its copy."""
+        reference = Reference.__new__(Reference)
+        reference._policy, reference._copy = policy, copy
+        reference._named, reference._entered = self._named, False
+        return reference
 
     @torch.no_grad()
     def score(self, batch: ScoringBatch, temperature: float = 1.0, keep_logits: bool = False) -> TokenScores:
@@ -131,17 +157,16 @@ def score_tokens(
         logits_BRV, hidden_BRD = adapter.score(model, batch)
         return token_scores(logits_BRV, batch.response_BR, temperature, keep_logits=True), hidden_BRD
     mask_BR, targets_N = batch.mask_BR, batch.response_BR[batch.mask_BR]
-    found: list[tuple[Tensor, Tensor]] = []
 
     def instead(head: nn.Linear, states_BRD: Tensor) -> Tensor:
-        weights = HeadWeights(head.weight, head.bias)
-        found.append(head_scores(states_BRD[mask_BR], weights, targets_N, temperature))
-        return states_BRD[..., :1]
+        found = head_scores(states_BRD[mask_BR], HeadWeights(head.weight, head.bias), targets_N, temperature)
+        empty_BR = torch.zeros(mask_BR.shape, device=mask_BR.device)
+        return torch.stack([empty_BR.masked_scatter(mask_BR, part) for part in found], dim=-1)
 
-    with _head_replaced(model, instead):
-        _, hidden_BRD = adapter.score(model, batch)
-    columns = (torch.zeros(mask_BR.shape, device=mask_BR.device).masked_scatter(mask_BR, part) for part in found[0])
-    return TokenScores(*columns), hidden_BRD
+    with _head_replaced(model, instead):  # the scores leave in the logits' place: ZeRO-3 sees the head at work
+        scores_BR2, hidden_BRD = adapter.score(model, batch)
+    logprobs_BR, entropy_BR = (column.contiguous() for column in scores_BR2.unbind(dim=-1))
+    return TokenScores(logprobs_BR, entropy_BR.detach()), hidden_BRD
 
 
 def token_scores(logits_BRV: Tensor, response_BR: Tensor, temperature: float, keep_logits: bool) -> TokenScores:
@@ -160,7 +185,7 @@ def token_scores(logits_BRV: Tensor, response_BR: Tensor, temperature: float, ke
 def has_plain_head(model: Any, adapter: ModelAdapter) -> bool:
     """Whether the logits are what the head makes of its input, unscaled, uncapped, through plain weights."""
     head = _base(model).get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:  # quantised, or split by its outputs
         return False
     seen: list[Tensor] = []
 
@@ -169,9 +194,10 @@ def has_plain_head(model: Any, adapter: ModelAdapter) -> bool:
         return seen[0]
 
     token = [adapter.eos_ids[0]]
-    with _head_replaced(model, watch):
+    with whole_partitions(model), _head_replaced(model, watch):
         logits, _ = adapter.score(model, adapter.scoring_batch([token], [token], head.weight.device))
-    return len(seen) == 1 and torch.equal(logits.float(), seen[0].float())
+    # FSDP2 lets one rank read the weights: on others these may still be anything, NaN too
+    return len(seen) == 1 and torch.equal(logits.float().nan_to_num(), seen[0].float().nan_to_num())
 
 
 @contextmanager

@@ -102,14 +102,16 @@ class PairCollator:
 
     def __init__(self, adapter: ModelAdapter) -> None:
         self.adapter = adapter
+        self.reference: Mapping[int, Sequence[float]] | None = None
+        """Log-probabilities of the reference for the chosen and the rejected answer, by number of the row."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Model inputs, response_BR and mask_BR, and (B, 2) log-probabilities of the reference where rows hold them."""
+        """Model inputs, response_BR and mask_BR, and (B, 2) log-probabilities of the reference where they are known."""
         answers = [row[name] for name in ("chosen_ids", "rejected_ids") for row in rows]
         batch = self.adapter.scoring_batch([row["prompt_ids"] for row in rows] * 2, answers, torch.device("cpu"))
         tensors = {**batch.inputs, _RESPONSE: batch.response_BR, _MASK: batch.mask_BR}
-        if "reference_chosen" in rows[0]:
-            tensors[REFERENCE] = torch.tensor([[row["reference_chosen"], row["reference_rejected"]] for row in rows])
+        if self.reference is not None:
+            tensors[REFERENCE] = torch.tensor([list(self.reference[row["row"]]) for row in rows])
         return tensors
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from yunque.artifacts import CHECKPOINTS, LOG
 from yunque.distributed.arguments import RunArguments
-from yunque.distributed.checkpoint import Checkpoints, StopSignal
+from yunque.distributed.checkpoint import Checkpoints, Score, StopSignal, Training
 from yunque.errors import InputError, Stopped, disk_full, is_disk_full
 from yunque.models.arguments import GenerationArguments
 from yunque.rl.batch import Scored, dump, score_statistics
@@ -27,7 +27,7 @@ from yunque.rl.statistics import peak_memory_bytes
 from yunque.rl.trainer import NonFiniteError, PPOTrainer, Sampled
 
 _MAY_CHANGE = {
-    *("output_dir", "overwrite_output_dir", "resume", "save_steps", "save_total_limit", "report_to"),
+    *("output_dir", "overwrite_output_dir", "resume", "save_steps", "save_total_limit", "async_save", "report_to"),
     *("guard_kl", "guard_reward_std", "guard_empty", "guard_endless", "guard_patience"),
     *("watch_model_name_or_path", "watch_label"),
 }
@@ -81,7 +81,10 @@ class TrainingLoop:
         self.guards = guards or Guards(GuardArguments())
         self.folder = Path(run.output_dir)
         self.accelerator = trainer.accelerator
-        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.accelerator, keep=run.save_total_limit)
+        self.checkpoints = Checkpoints(
+            self.folder / CHECKPOINTS, self.accelerator, keep=run.save_total_limit, asynchronous=run.async_save
+        )
+        self._rewards: list[float] = []  # of the steps since the last checkpoint
 
     def train(self) -> None:
         """Run the remaining steps.
@@ -104,17 +107,20 @@ class TrainingLoop:
 
     def _train(self, first: int) -> None:
         log = RunLog(self.folder / LOG, self.accelerator, first_step=first, total_steps=self.total_steps)
-        with log, StopSignal() as signal:
+        with log, StopSignal() as signal, self.checkpoints:
             for step in range(first, self.total_steps):
-                log.write(step + 1, self.step(step))
+                statistics = self.step(step)
+                log.write(step + 1, statistics)
+                self._rewards.append(statistics["scores/raw_mean"])
                 done = step + 1
                 for warning in self.guards.warnings(done):
                     log.warn(warning)
                 self.guards.stop_if_patience_is_over(done, self.folder)
                 stop = signal.agreed(self.accelerator)
-                if stop or done % self.run.save_steps == 0:
+                if stop or done % self.run.save_steps == 0 or done == self.total_steps:
                     self._save(done)
-                if stop and done < self.total_steps:
+                if stop:
+                    self.checkpoints.mark_stopped(done, self.total_steps)
                     raise Stopped(f"saved step {done} of {self.total_steps} in {self.folder}; go on with --resume")
 
     def step(self, step: int) -> dict[str, float]:
@@ -159,9 +165,9 @@ class TrainingLoop:
         return [row for row in rows for _ in range(config.num_generations)]
 
     def _sample(self, queries: Sequence[Sequence[int]], samples: Sequence[int]) -> list[Response]:
-        with self.accelerator.autocast():
+        with self.trainer.whole(reference=False) as (policy, _), self.accelerator.autocast():
             return generate(
-                self.trainer.unwrapped.model,
+                policy.model,
                 self.trainer.adapter,
                 queries,
                 self.generation,
@@ -169,7 +175,7 @@ class TrainingLoop:
                 samples=samples,
                 shortest_limit=self.trainer.config.max_new_tokens_low,
                 device=self.accelerator.device,
-                value_head=self.trainer.unwrapped.v_head,
+                value_head=policy.v_head,
             )
 
     def _score(self, queries: Sequence[str], responses: Sequence[Response]) -> list[Scored]:
@@ -207,12 +213,18 @@ class TrainingLoop:
             "guards": self.guards.state(),
             "config": self.resolved_config,
         }
-        self.checkpoints.save(step, state)
+        score = Score("reward", float(np.mean(self._rewards)))
+        self._rewards.clear()
+        self.checkpoints.save(step, self._training(), state, score=score)
+
+    def _training(self) -> Training:
+        return Training(self.trainer.policy, self.trainer.optimizer, [self.trainer.scheduler])
 
     def _resume(self) -> int:
-        state = self.checkpoints.latest()
-        if state is None:
+        found = self.checkpoints.newest()
+        if found is None:
             return 0
+        state = found.state
         for name, value in json.loads(json.dumps(self.resolved_config)).items():
             before = state["config"].get(name)
             if name not in _MAY_CHANGE and before != value:
@@ -220,12 +232,12 @@ class TrainingLoop:
                     f"{name}: the checkpoint in {self.folder} was made with {before}, now it is {value}; "
                     f"set it back or start afresh with --overwrite_output_dir"
                 )
-        self.checkpoints.load(state["step"])
+        self.checkpoints.load(found, self._training())
         self.trainer.kl_controller.value = state["kl_coef"]
         self.scaler.load_state(state["score_moments"])
         self.guards.load_state(state["guards"])
-        self.trainer.steps_done = state["step"]
-        return state["step"]
+        self.trainer.steps_done = found.step
+        return found.step
 
     def _dump(self, name: str, batch: Sequence[Scored]) -> Path:
         path = self.folder / name

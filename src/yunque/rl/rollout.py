@@ -64,6 +64,8 @@ def generate(
     ``samples`` number the queries over the whole run: response and length limit of a query depend on (seed, sample)
     only. Limits are drawn uniformly from [shortest_limit, options.max_new_tokens]; all are the maximum without it.
     """
+    if not queries:
+        return []
     streams = [sample_stream(seed, sample) for sample in samples]
     low = options.max_new_tokens if shortest_limit is None else shortest_limit
     limits = [int(stream.integers(low, options.max_new_tokens + 1)) for stream in streams]

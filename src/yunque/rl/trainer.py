@@ -8,18 +8,20 @@ on many, and in accumulated pieces.
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import get_scheduler
 
+from yunque.distributed.gathering import Twin, compute_dtype, is_sharded, shard_frozen
+from yunque.distributed.updates import prepare_updates
 from yunque.errors import CheckFailed, InputError
 from yunque.models.adapter import ScoringBatch, TokenIds, pad
 from yunque.models.encodings import QueryEncodings
@@ -83,7 +85,15 @@ class PPOTrainer:
         )
         self.encodings = QueryEncodings(policy.model, sharded=accelerator.distributed_type in _SHARDED)
         self.unwrapped = policy
-        self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
+        self._twins = self._make_twins()
+        self.updates = prepare_updates(
+            accelerator,
+            policy,
+            optimizer,
+            rows_per_rank=config.mini_batch_size // ranks,
+            max_grad_norm=config.max_grad_norm,
+        )
+        self.policy, self.optimizer = self.updates.module, self.updates.optimizer
         self.scheduler = scheduler
         accelerator.register_for_checkpointing(scheduler)
         self.kl_controller: KLController = (
@@ -92,6 +102,43 @@ class PPOTrainer:
             else FixedKLController(config.init_kl_coef)
         )
         self.steps_done = 0
+
+    def _make_twins(self) -> tuple[Twin[Policy], Twin[nn.Module] | None, Reference] | None:
+        """Twins of policy and of the reference's frozen copy, if any, for an engine that shards their weights."""
+        copy = self.reference.copy
+        if not is_sharded(self.unwrapped, self.accelerator):
+            if copy is not None:
+                copy.to(dtype=compute_dtype(self.accelerator))  # ZeRO-1 and 2 compute in bf16, by the weights' own type
+            return None
+        policy = Twin(self.unwrapped, self.accelerator)
+        if copy is None:
+            return policy, None, self.reference.on(policy.twin, None)
+        shard_frozen(copy, self.accelerator)
+        frozen = Twin(copy, self.accelerator)
+        return policy, frozen, self.reference.on(policy.twin, frozen.twin)
+
+    @contextmanager
+    def whole(self, *, reference: bool = True) -> Iterator[tuple[Policy, Reference]]:
+        """Policy and ``reference`` to work with without gradients, for the time of the context.
+
+        Sharded weights are gathered once, when it is entered: every rank must enter it, and none waits for another
+        inside. It may be entered again inside.
+        """
+        if self._twins is None:
+            yield self.unwrapped, self.reference
+            return
+        policy, frozen, reference_on_twins = self._twins
+        with ExitStack() as stack:
+            entered = stack.enter_context(policy.gathered())
+            if reference and frozen is not None:
+                stack.enter_context(frozen.gathered())
+            yield entered, reference_on_twins
+
+    def model_to_save(self) -> Any:
+        """The trained language model, whole on the main process; every rank must ask for it, and training is over."""
+        if self._twins is None:
+            return self.unwrapped.model
+        return self._twins[0].kept(on_this_rank=self.accelerator.is_main_process).model
 
     def share(self, rows: Sequence[T]) -> Sequence[T]:
         """The consecutive part of ``rows`` that this rank works on; the ranks' parts in order make up ``rows``."""
@@ -166,12 +213,15 @@ class PPOTrainer:
         self.policy.eval()
         self.encodings.clear()
         order = self._by_length(queries, responses, here)
-        with nullcontext() if known is None else self.reference.model():  # switching adapters once is enough
+        with ExitStack() as stack:
+            policy, reference = stack.enter_context(self.whole())
+            if known is not None:
+                stack.enter_context(reference.model())  # switching adapters once is enough
             for start in range(0, len(order), rows_per_pass):
                 rows = order[start : start + rows_per_pass]
                 batch = self._batch(queries, responses, rows)
                 ours = None if known is None else self._known(known, rows, batch.mask_BR)
-                scored = self._forward_pair(batch, ours)
+                scored = self._forward_pair(policy, reference, batch, ours)
                 numbers[:, [row - here[0] for row in rows], : scored.shape[2]] = scored
         numbers = self.accelerator.gather(numbers.transpose(0, 1).contiguous()).transpose(0, 1) * mask_BR
         _check_finite("log-probabilities or values of the policy", numbers)
@@ -188,12 +238,14 @@ class PPOTrainer:
                 columns[1, index, : len(sampled.values[row])] = torch.tensor(sampled.values[row])
         return TokenScores(columns[0], torch.zeros_like(columns[0]), columns[1])
 
-    def _forward_pair(self, batch: ScoringBatch, ours: TokenScores | None) -> Tensor:
+    def _forward_pair(
+        self, policy: Policy, reference: Reference, batch: ScoringBatch, ours: TokenScores | None
+    ) -> Tensor:
         """Stack log-probabilities, the reference's, values and KL of a few responses: (4, rows, R)."""
         full = self.config.kl_estimator == "full"
         with self.accelerator.autocast():
-            ours = ours or self.unwrapped(batch, self.temperature, full)
-            theirs = self.reference.score(batch, self.temperature, full)
+            ours = ours or policy(batch, self.temperature, full)
+            theirs = reference.score(batch, self.temperature, full)
         if ours.logits_BRV is not None and theirs.logits_BRV is not None:
             kl_BR = full_kl(ours.logits_BRV, theirs.logits_BRV)
         else:
@@ -267,31 +319,33 @@ class PPOTrainer:
         self, rollout: Rollout, advantages_BR: Tensor, returns_BR: Tensor, group: Sequence[list[int]]
     ) -> list[Tensor]:
         """Add up the gradients of the minibatches of one optimizer step; returns their statistics over all ranks."""
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        rank, ranks = self.updates.data_rank, self.updates.data_ranks
         tokens_B = rollout.mask_BR.sum(dim=1)
         weight_of = self.config.weight_of_group()
         weight_of_G = torch.tensor([weight_of.get(str(name), 1.0) for name in rollout.groups], device=tokens_B.device)
         weights_B = row_weights(self.config.loss_normalization, tokens_B, group, rollout.groups_B, weight_of_G)
-        means = []
+        means: list[Tensor] = []
         for index, rows in enumerate(group):
-            last = index == len(group) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.policy):
+            with self.updates.collecting(last=index == len(group) - 1):
                 # every rank takes every so many-th row: neighbours are of similar length, so ranks are done together
-                sums = self._backward(rollout, advantages_BR, returns_BR, rows[rank::ranks], weights_B)
-            means.append(self.accelerator.reduce(sums, reduction="sum") / tokens_B[rows].sum())
+                loss, sums = self._loss(rollout, advantages_BR, returns_BR, rows[rank::ranks], weights_B)
+                means.append(self.updates.sum(sums) / tokens_B[rows].sum())
+                self.updates.backward(loss, lambda: self._ran_away(means) or not _all_finite(means))
         return means
 
-    def _backward(
+    def _loss(
         self, rollout: Rollout, advantages_BR: Tensor, returns_BR: Tensor, rows: Sequence[int], weights_B: Tensor
-    ) -> Tensor:
-        """Forward and backward of this rank's rows of a minibatch; returns the token sums of its statistics."""
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of this rank's rows of a minibatch, a part of a sum over all, and the token sums of its statistics."""
         batch = self._batch(rollout.queries, rollout.responses, rows)
         window = (list(rows), slice(0, batch.mask_BR.shape[1]))
         mask_BR, advantages_BR, returns_BR = batch.mask_BR, advantages_BR[window], returns_BR[window]
         old_logprobs_BR, old_values_BR = rollout.logprobs_BR[window], rollout.values_BR[window]
         kl_in_loss = self.config.kl_placement == "loss"
+        full = kl_in_loss and self.config.kl_estimator == "full"
+        ref_logits_BRV = self._reference_logits(batch) if full else None  # first: it may gather what the policy shards
         with self.accelerator.autocast():
-            new = self.policy(batch, self.temperature, kl_in_loss and self.config.kl_estimator == "full")
+            new = self.policy(batch, self.temperature, full)
         values_BR = old_values_BR if new.values_BR is None else new.values_BR.float()
         policy = policy_loss(new.logprobs_BR, old_logprobs_BR, advantages_BR, self.config.cliprange)
         value = value_loss(values_BR, old_values_BR, returns_BR, self.config.cliprange_value)
@@ -299,10 +353,10 @@ class PPOTrainer:
         if new.values_BR is not None:
             loss_BR = loss_BR + self.config.vf_coef * value.per_token_BR
         if kl_in_loss:
-            loss_BR = loss_BR + self.kl_controller.value * self._kl(batch, new, rollout.ref_logprobs_BR[window])
-        # DDP and its kin average gradients over ranks; the loss is a sum over all ranks' tokens
+            loss_BR = loss_BR + self.kl_controller.value * self._kl(
+                new, rollout.ref_logprobs_BR[window], ref_logits_BRV
+            )
         loss = (loss_BR * mask_BR * weights_B[list(rows), None]).sum()
-        self.accelerator.backward(loss * self.accelerator.num_processes)
         with torch.no_grad():
             change_BR = new.logprobs_BR - old_logprobs_BR
             per_token = (
@@ -320,33 +374,32 @@ class PPOTrainer:
                 old_values_BR,
                 returns_BR,
             )
-            return torch.stack([(numbers_BR * mask_BR).sum().float() for numbers_BR in per_token])
+            return loss, torch.stack([(numbers_BR * mask_BR).sum().float() for numbers_BR in per_token])
 
-    def _kl(self, batch: ScoringBatch, new: TokenScores, ref_logprobs_BR: Tensor) -> Tensor:
+    def _kl(self, new: TokenScores, ref_logprobs_BR: Tensor, ref_logits_BRV: Tensor | None) -> Tensor:
         """KL to the reference at each token with a gradient into the policy, shape (B, R)."""
-        if new.logits_BRV is None:
+        if ref_logits_BRV is None:
             return kl_per_token(self.config.kl_estimator, new.logprobs_BR, ref_logprobs_BR)
-        with self.accelerator.autocast():
-            theirs = self.reference.score(batch, self.temperature, keep_logits=True)
-        assert theirs.logits_BRV is not None
-        return full_kl(new.logits_BRV, theirs.logits_BRV)
+        assert new.logits_BRV is not None
+        return full_kl(new.logits_BRV, ref_logits_BRV)
+
+    def _reference_logits(self, batch: ScoringBatch) -> Tensor | None:
+        with self.whole() as (_, reference), self.accelerator.autocast():
+            return reference.score(batch, self.temperature, keep_logits=True).logits_BRV
 
     def _optimizer_step(self, means: Sequence[Tensor]) -> bool:
         """Apply the accumulated gradients, unless a minibatch's mean ratio says that the policy ran away.
 
         A skipped step moves nothing: TRL 0.11 multiplies the loss by 0 and lets Adam's momentum move the weights on.
         """
-        stacked = torch.stack(list(means))
-        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm or float("inf"))
-        if not (torch.isfinite(stacked).all() and torch.isfinite(torch.as_tensor(norm))):
-            self.optimizer.zero_grad()
+        ran_away, finite = self._ran_away(means), _all_finite(means)
+        if not (self.updates.step(void=ran_away or not finite) and finite):
             raise NonFiniteError(f"step {self.steps_done}: NaN or infinity in the loss or its gradient")
-        ran_away = bool((stacked[:, 6] > self.config.ratio_threshold).any())
-        if not ran_away:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
         self.scheduler.step()
         return not ran_away
+
+    def _ran_away(self, means: Sequence[Tensor]) -> bool:
+        return bool((torch.stack(list(means))[:, 6] > self.config.ratio_threshold).any())
 
     def gather(self, rows: Sequence[T]) -> list[T]:
         """Join the ranks' lists of Python objects, in the order of ``share``."""
@@ -355,12 +408,21 @@ class PPOTrainer:
 
 def _adam(policy: Policy, config: PPOConfig) -> torch.optim.Optimizer:
     """Adam over all that trains, with a learning rate of its own for the value head."""
-    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
-    groups = [{"params": trained, "lr": config.learning_rate}]
+    trained: dict[
+        type, list[nn.Parameter]
+    ] = {}  # Adam's fused loops take weights of one kind, not split and whole ones
+    for parameter in policy.model.parameters():
+        if parameter.requires_grad:
+            trained.setdefault(type(parameter), []).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": kind, "lr": config.learning_rate} for kind in trained.values()]
     if policy.v_head is not None:
         value_learning_rate = config.value_learning_rate or config.learning_rate
         groups.append({"params": list(policy.v_head.parameters()), "lr": value_learning_rate})
     return torch.optim.Adam(groups)
+
+
+def _all_finite(means: Sequence[Tensor]) -> bool:
+    return bool(torch.isfinite(torch.stack(list(means))).all())
 
 
 def _check_finite(what: str, values: Tensor) -> None:

@@ -1,0 +1,76 @@
+"""transformers' Trainer with our checkpoints: atomic, checked, and readable by every engine on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+from yunque.distributed.checkpoint import Checkpoints, Found, Score, Training
+from yunque.errors import InputError
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer that saves to and goes on from ``checkpoints``; ``identity`` is what may not change in between."""
+
+    checkpoints: Checkpoints
+    found: Found | None = None
+    identity: Mapping[str, Any] = {}
+
+    def go_on_from(self, found: Found) -> str:
+        """Take ``found`` as the start of the next ``train``; returns its folder, which that method wants.
+
+        Raises:
+            InputError: its run had another identity; the message names the option.
+        """
+        for name, value in json.loads(json.dumps(dict(self.identity))).items():
+            before = found.state["identity"].get(name)
+            if before != value:
+                raise InputError(
+                    f"{name}: the checkpoint in {found.path} was made with {before}, now it is {value}; "
+                    "set it back or start afresh with --overwrite_output_dir"
+                )
+        self.found = found
+        return str(found.path)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save ours in place of the Trainer's, which writes where a kill leaves half of it."""
+        self.store_flos()
+        step = self.state.global_step
+        losses = [line["eval_loss"] for line in self.state.log_history if line["step"] == step and "eval_loss" in line]
+        self.checkpoints.save(
+            step,
+            self._training(),
+            {"identity": dict(self.identity)},
+            texts={TRAINER_STATE_NAME: json.dumps(asdict(self.state))},
+            score=Score("eval_loss", losses[-1], higher_is_better=False) if losses else None,
+        )
+
+    def _load_from_checkpoint(self, *args: Any, **options: Any) -> None:
+        """Wait until engine and optimizer are there: ``_prepare_for_training`` loads all at once."""
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Prepare as for a fresh run, then load: the Trainer's own way differs by engine and reads only its files."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            assert self.found is not None, "go_on_from comes before training"
+            self.checkpoints.load(self.found, self._training())
+        return prepared
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.found is not None:
+            self.checkpoints.set_random_state(self.found)
+
+    def _run_epoch(self, *args: Any, **options: Any) -> Any:
+        """Nothing where the last step is done: a run may be stopped, and resumed, in what follows training."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **options)
+
+    def _training(self) -> Training:
+        return Training(self.model_wrapped, self.optimizer, [self.lr_scheduler])

@@ -1,0 +1,99 @@
+"""BART as an encoder and a decoder graph."""
+
+from __future__ import annotations
+
+from yunque.export.decoder import Decoder, Heads, cross_keys_and_values, encoder_attention
+from yunque.export.graph import Config, Graph, State, fused, fused_bias, transposed
+from yunque.export.weights import WeightFile
+
+EMBEDDING = "model.shared.weight"
+HEAD = "lm_head.weight"
+_OFFSET = 2  # of BART's table of positions
+_EPSILON = 1e-5  # of its norms, torch's default
+
+
+def graphs(config: Config, state: State, weights: WeightFile, tied: bool) -> dict[str, Graph]:
+    """The encoder and decoder graphs; ``tied`` says that the head is the embedding."""
+    return {"encoder": _encoder(config, state, weights), "decoder": _decoder(config, state, weights, tied)}
+
+
+def _encoder(config: Config, state: State, weights: WeightFile) -> Graph:
+    graph = Graph("encoder", weights)
+    ids = graph.input("input_ids", "int64", ("rows", "source"))
+    mask = graph.op("Cast", graph.input("attention_mask", "int64", ("rows", "source")), to=6)  # int32
+    length = graph.op("Gather", graph.op("Shape", ids), graph.constant(1, "int64"), axis=0)
+    positions = graph.op("Range", graph.constant(0, "int64"), length, graph.constant(1, "int64"))
+    hidden = _embed(graph, config, state, "model.encoder", ids, positions)
+    for layer in range(config.encoder_layers):
+        name = f"model.encoder.layers.{layer}"
+        own = f"{name}.self_attn"
+        qkv = _projection(graph, state, hidden, own, "qkv")
+        heads = _heads(config.d_model // config.encoder_attention_heads, state, own)
+        mixed = encoder_attention(graph, qkv, heads, scale=heads.size**-0.5, padding_mask=mask)
+        hidden = _add_norm(graph, state, f"{own}.out_proj", f"{own}_layer_norm", mixed, hidden)
+        hidden = _feed_forward(graph, config, state, name, hidden)
+    for layer in range(config.decoder_layers):
+        name = f"model.decoder.layers.{layer}.encoder_attn"
+        heads = _heads(config.d_model // config.decoder_attention_heads, state, name)
+        cross_keys_and_values(graph, layer, heads, _projection(graph, state, hidden, name, "kv"))
+    return graph
+
+
+def _decoder(config: Config, state: State, weights: WeightFile, tied: bool) -> Graph:
+    graph = Graph("decoder", weights)
+    decoder = Decoder(graph)
+    cross_bias = graph.input("cross_bias", "float32", ("rows", 1, 1, "source"))
+    hidden = _embed(graph, config, state, "model.decoder", decoder.input_ids, decoder.positions)
+    size = config.d_model // config.decoder_attention_heads
+    for layer in range(config.decoder_layers):
+        name = f"model.decoder.layers.{layer}"
+        own, cross = f"{name}.self_attn", f"{name}.encoder_attn"
+        qkv = _projection(graph, state, hidden, own, "qkv")
+        mixed = decoder.cached_attention(qkv, layer, _heads(size, state, own), scale=size**-0.5)
+        hidden = _add_norm(graph, state, f"{own}.out_proj", f"{own}_layer_norm", mixed, hidden)
+        queries = _projection(graph, state, hidden, cross, "q")
+        heads = _heads(size, state, cross)
+        mixed = decoder.cross_attention(queries, layer, heads, scale=size**-0.5, bias=cross_bias)
+        hidden = _add_norm(graph, state, f"{cross}.out_proj", f"{cross}_layer_norm", mixed, hidden)
+        hidden = _feed_forward(graph, config, state, name, hidden)
+    bias = state["final_logits_bias"]
+    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD, bias=bias)
+    return graph
+
+
+def _embed(graph: Graph, config: Config, state: State, prefix: str, ids: str, positions: str) -> str:
+    found = graph.op("Gather", graph.weight(EMBEDDING, state[EMBEDDING]), ids, axis=0)
+    if config.scale_embedding:
+        found = graph.op("Mul", found, graph.constant(config.d_model**0.5, "float32"))
+    table = f"{prefix}.embed_positions.weight"
+    placed = graph.op("Gather", graph.weight(table, state[table][_OFFSET:]), positions, axis=0)
+    norm = f"{prefix}.layernorm_embedding"
+    total = graph.op("Add", found, placed)
+    return graph.layer_norm(total, norm, state[f"{norm}.weight"], state[f"{norm}.bias"], _EPSILON)
+
+
+def _projection(graph: Graph, state: State, value: str, name: str, parts: str) -> str:
+    """The projections ``parts``, such as q, k and v, of an attention layer side by side."""
+    weights, biases = ([f"{name}.{part}_proj.{kind}" for part in parts] for kind in ("weight", "bias"))
+    return graph.linear(value, f"{name}.{parts}", fused(state, *weights), fused_bias(state, *biases))
+
+
+def _feed_forward(graph: Graph, config: Config, state: State, name: str, hidden: str) -> str:
+    up = f"{name}.fc1"
+    inner = graph.linear(hidden, up, transposed(state[f"{up}.weight"]), state[f"{up}.bias"])
+    inner = graph.activation(inner, config.activation_function)
+    return _add_norm(graph, state, f"{name}.fc2", f"{name}.final_layer_norm", inner, hidden)
+
+
+def _add_norm(graph: Graph, state: State, linear: str, norm: str, value: str, skip: str) -> str:
+    """Linear layer, residual addition and norm."""
+    branch = graph.op("MatMul", value, graph.weight(f"{linear}.weight", transposed(state[f"{linear}.weight"])))
+    bias = graph.weight(f"{linear}.bias", state[f"{linear}.bias"])
+    parameters = (state[f"{norm}.weight"], state[f"{norm}.bias"])
+    return graph.add_layer_norm(branch, skip, norm, *parameters, _EPSILON, bias)[0]
+
+
+def _heads(size: int, state: State, attention: str) -> Heads:
+    """From the weights, since pruned layers may differ."""
+    number = state[f"{attention}.q_proj.weight"].shape[0] // size
+    return Heads(number, number, size)

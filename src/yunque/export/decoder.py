@@ -1,0 +1,150 @@
+"""What the decoder graphs of all families share: their inputs, cached attention, cross attention, the head.
+
+One graph serves prompts and single tokens. Keys and values of row b lie at the start of its slice of the cache,
+whatever the other rows hold; the caller gives the same buffer as past and as present, and the graph writes into it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from yunque.errors import InputError
+from yunque.export.graph import Array, Graph
+
+MASKED = float(np.finfo(np.float32).min) / 2  # two of them still add up to a number
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention heads of one layer."""
+
+    num_query: int
+    num_key_value: int
+    size: int
+
+    def __post_init__(self) -> None:
+        """Check what ONNX Runtime's kernel asks for."""
+        if self.size % 8:
+            raise InputError(f"model_name_or_path: heads of {self.size} features; ONNX Runtime needs a multiple of 8")
+
+    @property
+    def width(self) -> int:
+        """Features of all queries."""
+        return self.num_query * self.size
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary embeddings: two tables [positions, head size / 2]."""
+
+    cos: Array
+    sin: Array
+
+
+class Decoder:
+    """A decoder graph under construction, with the inputs every decoder has."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.input_ids = graph.input("input_ids", "int64", ("rows", "length"))
+        self.positions = graph.input("positions", "int64", ("rows", "length"))
+        self.last_position = graph.input("last_position", "int32", ("rows",))
+        self.total_length = graph.input("total_length", "int32", ())
+        self.logit_rows = graph.input("logit_rows", "int64", ("logit_rows",))
+
+    def embed(self, name: str, weight: Array, ids: str | None = None) -> str:
+        """Rows of an embedding table; of the input tokens unless ``ids`` says otherwise."""
+        return self.graph.op("Gather", self.graph.weight(name, weight), ids or self.input_ids, axis=0)
+
+    def cached_attention(
+        self,
+        queries: str,
+        layer: int,
+        heads: Heads,
+        *,
+        keys: str = "",
+        values: str = "",
+        scale: float,
+        bias: str = "",
+        rotary: Rotary | None = None,
+        window: int = -1,
+    ) -> str:
+        """Causal attention over the cache of ``layer`` and the new tokens, which it puts there.
+
+        ``queries`` holds queries, keys and values side by side when ``keys`` and ``values`` are not given. The same
+        node rotates queries and keys when ``rotary`` is given.
+        """
+        graph = self.graph
+        shape = ("rows", heads.num_key_value, "room", heads.size)
+        past = [graph.input(f"past_{kind}.{layer}", "float32", shape) for kind in ("key", "value")]
+        tables = ("", "")
+        if rotary is not None:
+            tables = (graph.weight("rotary.cos", rotary.cos), graph.weight("rotary.sin", rotary.sin))
+        output, *present = graph.ops(
+            "GroupQueryAttention",
+            *(queries, keys, values, *past, self.last_position, self.total_length, *tables, "", bias),
+            num_outputs=3, domain="com.microsoft", num_heads=heads.num_query, kv_num_heads=heads.num_key_value,
+            scale=scale, do_rotary=int(rotary is not None), local_window_size=window,
+        )  # fmt: skip
+        for kind, value in zip(("key", "value"), present, strict=True):
+            graph.output(value, f"present_{kind}.{layer}", "float32", shape)
+        return output
+
+    def cross_attention(self, queries: str, layer: int, heads: Heads, *, scale: float, bias: str) -> str:
+        """Attention over the encoder's keys and values of ``layer``, which the encoder graph made once.
+
+        ``bias`` [rows, 1, 1, source length] is 0 at tokens and very low at padding.
+        """
+        graph = self.graph
+        keys = graph.input(f"cross_key.{layer}", "float32", ("rows", heads.num_query, heads.size, "source"))
+        values = graph.input(f"cross_value.{layer}", "float32", ("rows", heads.num_query, "source", heads.size))
+        split = graph.op("Reshape", queries, graph.constant([0, 0, heads.num_query, heads.size], "int64"))
+        by_head = graph.op("Transpose", split, perm=[0, 2, 1, 3])
+        scores = graph.contrib("FusedMatMul", by_head, keys, alpha=scale)
+        weights = graph.op("Softmax", graph.op("Add", scores, bias), axis=-1)
+        mixed = graph.op("Transpose", graph.op("MatMul", weights, values), perm=[0, 2, 1, 3])
+        return graph.op("Reshape", mixed, graph.constant([0, 0, heads.width], "int64"))
+
+    def logits(
+        self, hidden: str, name: str, weight: Array, *, key: str, scale: float = 1.0, bias: Array | None = None
+    ) -> None:
+        """The output ``logits`` [logit rows, vocabulary]: of those rows of [rows * length] only.
+
+        ``weight`` [vocabulary, features] lies in the weights file under ``key``, where a tied embedding already is.
+        As its own initializer the head can be packed by the runtime while the embedding stays mapped from the disk.
+        """
+        graph = self.graph
+        flat = graph.op("Reshape", hidden, graph.constant([-1, weight.shape[1]], "int64"))
+        wanted = graph.op("Gather", flat, self.logit_rows, axis=0)
+        inputs = [wanted, graph.weight(name, weight, key)]
+        if bias is not None and bias.any():
+            inputs.append(graph.weight(f"{name}.bias", bias.reshape(-1)))
+        logits = graph.op("Gemm", *inputs, transB=1, alpha=scale)
+        graph.output(logits, "logits", "float32", ("logit_rows", weight.shape[0]))
+
+
+def encoder_attention(graph: Graph, qkv: str, heads: Heads, *, scale: float, padding_mask: str, bias: str = "") -> str:
+    """Attention of every token of [rows, length] over the tokens whose ``padding_mask`` (int32) is 1.
+
+    ``qkv`` holds queries, keys and values side by side; ``bias`` is added to the scores [1, heads, length, length].
+    """
+    parts = graph.split(qkv, [heads.width] * 3, axis=-1)
+    return graph.contrib(
+        "MultiHeadAttention", *parts, "", padding_mask, bias,
+        num_heads=heads.num_query, scale=scale, mask_filter_value=MASKED,
+    )  # fmt: skip
+
+
+def cross_keys_and_values(graph: Graph, layer: int, heads: Heads, keys_values: str) -> None:
+    """Declare the encoder's outputs for decoder layer ``layer`` from ``keys_values``: both side by side.
+
+    Keys come transposed, [rows, heads, size, length], so that no step of the decoder has to.
+    """
+    split = graph.op("Reshape", keys_values, graph.constant([0, 0, 2 * heads.num_query, heads.size], "int64"))
+    keys, values = graph.split(split, [heads.num_query] * 2, axis=2)
+    keys = graph.op("Transpose", keys, perm=[0, 2, 3, 1])
+    values = graph.op("Transpose", values, perm=[0, 2, 1, 3])
+    graph.output(keys, f"cross_key.{layer}", "float32", ("rows", heads.num_query, heads.size, "source"))
+    graph.output(values, f"cross_value.{layer}", "float32", ("rows", heads.num_query, "source", heads.size))

@@ -1,0 +1,118 @@
+"""A model folder as an ONNX folder: graphs, one weights file, what the runtime reads, the proof."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from yunque import artifacts
+from yunque.errors import InputError
+from yunque.export.arguments import ExportArguments
+from yunque.export.parity import check_parity, find_prompts
+from yunque.export.source import Source, load_source
+from yunque.export.weights import WeightFile
+from yunque.runtime.spec import ModelSpec
+
+STAGE = "onnx"
+
+
+def export(args: ExportArguments) -> artifacts.Manifest:
+    """Export ``args.model_name_or_path`` into ``args.output_dir`` and prove that it is the same model.
+
+    Raises:
+        InputError: a model that cannot be exported, an output folder that cannot be used.
+        CheckFailed: the exported model answers differently; nothing is left behind.
+    """
+    name, folder = str(args.model_name_or_path), str(args.output_dir)
+    artifacts.check_output_dir(folder, overwrite=args.overwrite_output_dir, resume=False, inputs=[name])
+    source = load_source(name, args.model_revision, args.trust_remote_code)
+    prompts, origin = find_prompts(
+        source, args.parity_dataset, args.parity_split, args.parity_text_column, args.parity_prompts
+    )
+    metrics: dict[str, Any] = {"parity": None}
+
+    def write(staging: Path) -> None:
+        if args.optimum_layout:
+            raise InputError("optimum_layout: not written yet")
+        write_folder(source, staging)
+        metrics["parity"] = asdict(
+            check_parity(source, staging, prompts, origin, tokens=args.parity_tokens, tolerance=args.parity_tolerance)
+        )
+
+    parent = _manifest(name)
+    return artifacts.save_model_folder(
+        folder,
+        write,
+        stage=STAGE,
+        parents=[name, *([source.base_name] if source.base_name else [])],
+        data=parent.data if parent else (),
+        prompt_template=parent.prompt_template if parent else None,
+        seed=parent.seed if parent else None,
+        config=asdict(args),
+        metrics=metrics,
+        base_model=parent.base_model if parent else source.base_name or name,
+    )
+
+
+def write_folder(source: Source, folder: Path) -> None:
+    """Write graphs, weights, ``runtime.json``, configuration and tokenizer of ``source`` into ``folder``."""
+    with WeightFile(folder) as weights:
+        graphs = source.graphs(weights)
+        files = {}
+        for name, graph in graphs.items():
+            files[name] = f"{name}.onnx"
+            onnx.save_model(graph.model(), folder / files[name])
+    specification(source, files).save(folder)
+    source.config.save_pretrained(folder)
+    if source.kind != "classifier":
+        source.model.generation_config.save_pretrained(folder)
+    source.tokenizer.save_pretrained(folder)
+
+
+def specification(source: Source, files: dict[str, str]) -> ModelSpec:
+    """What the runtime has to know about ``source`` beside its graphs."""
+    config: Any = source.config
+    pad = config.pad_token_id if config.pad_token_id is not None else source.tokenizer.pad_token_id
+    common: dict[str, Any] = {
+        "kind": source.kind,
+        "architecture": config.model_type,
+        "graphs": files,
+        "max_positions": _max_positions(config),
+        "pad_token_id": pad or 0,
+    }
+    if source.kind == "classifier":
+        labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+        independent = config.problem_type == "multi_label_classification" or len(labels) == 1
+        return ModelSpec(vocab_size=config.vocab_size, labels=labels, independent_labels=independent, **common)
+    generation = source.model.generation_config
+    rows = source.model.get_output_embeddings().weight.shape[0]
+    start = generation.decoder_start_token_id
+    return ModelSpec(
+        vocab_size=rows,
+        eos_token_ids=_as_tuple(generation.eos_token_id),
+        decoder_start_token_id=start if start is not None else getattr(config, "decoder_start_token_id", None),
+        forced_bos_token_id=generation.forced_bos_token_id,
+        forced_eos_token_id=generation.forced_eos_token_id,
+        **common,
+    )
+
+
+def _max_positions(config: Any) -> int | None:
+    if config.model_type == "t5":
+        return None
+    most = int(config.max_position_embeddings)
+    return most - config.pad_token_id - 1 if config.model_type == "roberta" else most
+
+
+def _as_tuple(ids: int | Sequence[int] | None) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _manifest(name: str) -> artifacts.Manifest | None:
+    return artifacts.read_manifest(name) if (Path(name) / artifacts.MANIFEST).is_file() else None

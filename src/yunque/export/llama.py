@@ -1,0 +1,128 @@
+"""Llama and what is built like it (Mistral, Qwen2, Qwen3) as one decoder graph."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from yunque.errors import InputError
+from yunque.export.decoder import Decoder, Heads, Rotary
+from yunque.export.graph import Config, Graph, State, fused, fused_bias, transposed
+from yunque.export.weights import WeightFile
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+_FUSED_ROTARY_MULTIPLE = 16
+"""Head sizes the rotary part of the attention kernel takes."""
+
+
+def graphs(config: Config, state: State, weights: WeightFile, tied: bool, model: PreTrainedModel) -> dict[str, Graph]:
+    """The decoder graph; ``tied`` says that the head is the embedding.
+
+    Raises:
+        InputError: rotary embeddings that change with the length of the text, heads of an odd size.
+    """
+    graph = Graph("decoder", weights)
+    decoder = Decoder(graph)
+    rotary = _rotary(config, model)
+    residual, branch = decoder.embed(EMBEDDING, state[EMBEDDING]), ""
+    for layer in range(config.num_hidden_layers):
+        name = f"model.layers.{layer}"
+        gain = f"{name}.input_layernorm.weight"
+        normed, residual = _norm(graph, config, state, residual, branch, gain)
+        branch = _attention(decoder, config, state, f"{name}.self_attn", layer, normed, rotary)
+        gain = f"{name}.post_attention_layernorm.weight"
+        normed, residual = _norm(graph, config, state, residual, branch, gain)
+        branch = _feed_forward(graph, config, state, f"{name}.mlp", normed)
+    hidden, _ = _norm(graph, config, state, residual, branch, "model.norm.weight")
+    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD)
+    return {"decoder": graph}
+
+
+def _norm(graph: Graph, config: Config, state: State, residual: str, branch: str, name: str) -> tuple[str, str]:
+    if not branch:
+        return graph.rms_norm(residual, name, state[name], config.rms_norm_eps), residual
+    return graph.add_rms_norm(branch, residual, name, state[name], config.rms_norm_eps)
+
+
+def _attention(
+    decoder: Decoder, config: Config, state: State, name: str, layer: int, value: str, rotary: Rotary
+) -> str:
+    graph = decoder.graph
+    size = rotary.cos.shape[1] * 2
+    width, key_width = (state[f"{name}.{part}_proj.weight"].shape[0] for part in "qk")
+    heads = Heads(width // size, key_width // size, size)
+    weights, biases = ([f"{name}.{part}_proj.{kind}" for part in "qkv"] for kind in ("weight", "bias"))
+    qkv = graph.linear(value, f"{name}.qkv", fused(state, *weights), fused_bias(state, *biases))
+    options = {"scale": size**-0.5, "window": _window(config, layer)}
+    has_norms = f"{name}.q_norm.weight" in state
+    if not has_norms and size % _FUSED_ROTARY_MULTIPLE == 0:
+        mixed = decoder.cached_attention(qkv, layer, heads, rotary=rotary, **options)
+    else:
+        queries, keys, values = graph.split(qkv, [width, key_width, key_width], axis=-1)
+        if has_norms:
+            queries, keys = (
+                _norm_heads(graph, config, state, f"{name}.{part}_norm.weight", part_value, size)
+                for part, part_value in (("q", queries), ("k", keys))
+            )
+        queries, keys = (_rotate(decoder, rotary, part, size) for part in (queries, keys))
+        mixed = decoder.cached_attention(queries, layer, heads, keys=keys, values=values, **options)
+    bias = state.get(f"{name}.o_proj.bias")
+    return graph.linear(mixed, f"{name}.o_proj", transposed(state[f"{name}.o_proj.weight"]), bias)
+
+
+def _norm_heads(graph: Graph, config: Config, state: State, name: str, value: str, size: int) -> str:
+    """RMS norm of every head of ``value`` [rows, length, heads * size] by itself."""
+    by_head = graph.op("Reshape", value, graph.constant([0, 0, -1, size], "int64"))
+    normed = graph.rms_norm(by_head, name, state[name], config.rms_norm_eps)
+    return graph.op("Reshape", normed, graph.constant([0, 0, -1], "int64"))
+
+
+def _rotate(decoder: Decoder, rotary: Rotary, value: str, size: int) -> str:
+    """Rotary embeddings of ``value`` [rows, length, heads * size], from elementary operators."""
+    graph = decoder.graph
+    by_head = graph.op("Reshape", value, graph.constant([0, 0, -1, size], "int64"))
+    tables = []
+    for name, table in (("rotary.cos", rotary.cos), ("rotary.sin", rotary.sin)):
+        rows = graph.op("Gather", graph.weight(name, table), decoder.positions, axis=0)
+        tables.append(graph.op("Unsqueeze", rows, graph.constant([2], "int64")))
+    cos, sin = tables
+    first, second = graph.split(by_head, [size // 2] * 2, axis=-1)
+    turned = [
+        graph.op("Sub", graph.op("Mul", first, cos), graph.op("Mul", second, sin)),
+        graph.op("Add", graph.op("Mul", second, cos), graph.op("Mul", first, sin)),
+    ]
+    return graph.op("Reshape", graph.op("Concat", *turned, axis=-1), graph.constant([0, 0, -1], "int64"))
+
+
+def _feed_forward(graph: Graph, config: Config, state: State, name: str, value: str) -> str:
+    weights, biases = ([f"{name}.{part}_proj.{kind}" for part in ("gate", "up")] for kind in ("weight", "bias"))
+    both = graph.linear(value, f"{name}.gate_up", fused(state, *weights), fused_bias(state, *biases))
+    opened, lifted = graph.split(both, [state[weight].shape[0] for weight in weights], axis=-1)
+    inner = graph.op("Mul", graph.activation(opened, config.hidden_act), lifted)
+    bias = state.get(f"{name}.down_proj.bias")
+    return graph.linear(inner, f"{name}.down_proj", transposed(state[f"{name}.down_proj.weight"]), bias)
+
+
+def _window(config: Config, layer: int) -> int:
+    """How many tokens the layer looks back; -1 is all of them."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds[layer] == "sliding_attention" if kinds is not None else config.model_type == "mistral"
+    return int(window) if window and slides else -1
+
+
+def _rotary(config: Config, model: PreTrainedModel) -> Rotary:
+    """Tables of the model's own rotary module, for every position it was made for."""
+    module = model.model.rotary_emb
+    kind = module.rope_type
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise InputError(
+            f"model_name_or_path: rotary embeddings of kind {kind} change with the length of the text; "
+            "only default, linear, llama3 and yarn can be exported"
+        )
+    positions = torch.arange(config.max_position_embeddings)[None]
+    with torch.no_grad():
+        cos, sin = module(torch.zeros(1), positions)
+    half = cos.shape[-1] // 2
+    return Rotary(cos[0, :, :half].contiguous().numpy(), sin[0, :, :half].contiguous().numpy())

@@ -1,0 +1,184 @@
+"""The proof that an exported folder is the model it was made from: same logits, same greedy tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from yunque import artifacts, runtime
+from yunque.data.arguments import DataArguments, SourceArguments
+from yunque.data.loading import find_split, open_source
+from yunque.errors import CheckFailed, InputError
+from yunque.export.source import Source
+
+_BUILT_IN = (
+    "Summarize the following conversation.\n\n#Person1#: Hello, how are you today?\n#Person2#: I'm fine, thank you. "
+    "I have lost my umbrella in the train.\n#Person1#: Oh no. Did you ask at the station?\n\nSummary:",
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park.",
+    "Translate English to German: The house is wonderful and the garden is large.",
+    "The committee will meet on Thursday at half past nine to discuss the budget of the coming year.",
+    "Yes.",
+    "What is the capital of France, and which river runs through it?",
+    "He opened the door, looked around the empty room, and slowly put the letter back on the table without a word.",
+    "You are the worst player that this team has ever had, and everybody knows it!",
+)
+"""Where the model's own data is not at hand."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What the comparison found."""
+
+    prompts: int
+    source: str
+    max_logit_difference: float
+    max_step_difference: float  # of log-probabilities chosen step by step over the cache
+    tokens_compared: int
+    tokens_equal: int
+    ties: int  # unequal tokens whose two logits differ by less than the tolerance
+
+    def __str__(self) -> str:
+        """One line for the user."""
+        return (
+            f"parity on {self.prompts} prompts ({self.source}): largest logit difference "
+            f"{self.max_logit_difference:.1e}, {self.tokens_equal:,} of {self.tokens_compared:,} greedy choices equal, "
+            f"{self.ties} ties"
+        )
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def find_prompts(
+    source: Source, dataset: str | None, split: str, column: str | None, most: int
+) -> tuple[list[str], str]:
+    """Texts to compare on, and where they come from: ``dataset``, else the model's own data, else a few built in.
+
+    Raises:
+        InputError: ``dataset`` cannot be read.
+    """
+    manifest = _manifest(source.name)
+    template = (manifest.prompt_template if manifest else None) or "{text}"
+    known = manifest.config.get("text_column") if manifest else None
+    column = column or known or (DataArguments.text_column if template != "{text}" else "text")
+    if dataset is not None:
+        return [template.replace("{text}", text) for text in _texts(dataset, split, column, most)], dataset
+    for data in manifest.data if manifest else ():
+        name = str(data.get("name"))
+        if Path(name).exists():
+            try:
+                return [template.replace("{text}", text) for text in _texts(name, split, column, most)], name
+            except InputError:
+                continue  # moved, or of another form: the built-in prompts do
+    return [_BUILT_IN[index % len(_BUILT_IN)] for index in range(min(most, len(_BUILT_IN)))], "built in"
+
+
+def _manifest(name: str) -> artifacts.Manifest | None:
+    return artifacts.read_manifest(name) if (Path(name) / artifacts.MANIFEST).is_file() else None
+
+
+def _texts(dataset: str, split: str, column: str, most: int) -> list[str]:
+    readers = open_source(SourceArguments(dataset_name=dataset))
+    arguments = SourceArguments(dataset_name=dataset, train_split=next(iter(readers)) if len(readers) == 1 else split)
+    raw = readers[find_split(arguments, readers, "train_split")]()
+    if column not in raw.columns:
+        raise InputError(f"parity_text_column: {dataset} has no column {column}; it has {', '.join(raw.columns)}")
+    texts = [str(row[column]) for row in raw.rows if row.get(column)]
+    if not texts:
+        raise InputError(f"parity_dataset: {dataset} has no text in column {column}")
+    stride = max(1, len(texts) // most)
+    return texts[::stride][:most]
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------
+
+
+def check_parity(
+    source: Source, folder: Path, prompts: Sequence[str], origin: str, *, tokens: int, tolerance: float
+) -> Parity:
+    """Compare ``folder`` with the torch model on ``prompts``.
+
+    Raises:
+        CheckFailed: a logit differs by more than ``tolerance``, or a greedy token without being a tie.
+    """
+    exported = runtime.load(folder, verify="none")
+    with torch.inference_mode():
+        if isinstance(exported, runtime.Classifier):
+            parity = _compare_labels(source, exported, prompts, origin)
+        else:
+            parity = _compare_tokens(source, exported, prompts, origin, tokens, tolerance)
+    largest = max(parity.max_logit_difference, parity.max_step_difference)
+    if not largest <= tolerance:  # a NaN fails too
+        raise CheckFailed(f"parity: logits differ by up to {largest:.2e} from torch, more than {tolerance:.0e}")
+    if parity.tokens_equal + parity.ties < parity.tokens_compared:
+        wrong = parity.tokens_compared - parity.tokens_equal - parity.ties
+        raise CheckFailed(f"parity: {wrong} of {parity.tokens_compared} greedy choices differ from torch's")
+    return parity
+
+
+def _compare_labels(source: Source, exported: runtime.Classifier, prompts: Sequence[str], origin: str) -> Parity:
+    most = exported.spec.max_positions
+    ids = exported.tokenizer.encode_truncated(prompts, most or 512)
+    ours = exported.logits(ids)
+    theirs = np.concatenate([source.model(torch.tensor([row])).logits.numpy() for row in ids])
+    difference = float(np.abs(ours - theirs).max())
+    equal = int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
+    return Parity(len(ids), origin, difference, 0.0, len(ids), equal, 0)
+
+
+def _compare_tokens(
+    source: Source,
+    exported: runtime.Seq2SeqModel | runtime.CausalModel,
+    prompts: Sequence[str],
+    origin: str,
+    tokens: int,
+    tolerance: float,
+) -> Parity:
+    """Torch reads the answers that the runtime wrote greedily: where every choice is its own too, so is the answer."""
+    most = exported.spec.max_positions
+    tokens = min(tokens, most // 2) if most else tokens
+    ids = [row[: most - tokens] if most else row for row in exported.encode(prompts) if row]
+    if not ids:
+        raise InputError("parity_dataset: no prompt has a token; give other texts")
+    answers = exported.generate(ids, max_new_tokens=tokens, eos_token_ids=(), logprobs=True)
+    differences, steps, equal, ties, compared = [0.0], [0.0], 0, 0, 0
+    for prompt, answer in zip(ids, answers, strict=True):
+        theirs = _torch_logits(source, exported, prompt, answer.tokens)
+        if isinstance(exported, runtime.Seq2SeqModel):
+            ours = exported.logits([prompt], [answer.tokens[:-1]])[0]
+        else:
+            ours = exported.logits([[*prompt, *answer.tokens[:-1]]])[0][len(prompt) - 1 :]
+        differences.append(float(np.abs(ours - theirs).max()))
+        chosen = np.array(answer.tokens)
+        skipped = int(exported.spec.forced_bos_token_id is not None)
+        places, best = np.arange(len(chosen)), theirs.argmax(axis=1)
+        steps.append(float(np.abs(_log_softmax(theirs)[places, chosen] - np.array(answer.logprobs)).max()))
+        wrong = (best != chosen)[skipped:]
+        gaps = (theirs[places, best] - theirs[places, chosen])[skipped:]
+        compared += len(wrong)
+        equal += int((~wrong).sum())
+        ties += int((wrong & (gaps <= tolerance)).sum())
+    return Parity(len(ids), origin, float(np.max(differences)), float(np.max(steps)), compared, equal, ties)
+
+
+def _torch_logits(source: Source, exported: Any, prompt: list[int], answer: list[int]) -> NDArray[np.float32]:
+    """Torch's logits [answer, vocabulary] for every token of ``answer``."""
+    if source.kind == "seq2seq":
+        start = exported.spec.decoder_start_token_id
+        output = source.model(
+            input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[start, *answer[:-1]]]), use_cache=False
+        )
+        return np.asarray(output.logits[0].numpy())
+    output = source.model(input_ids=torch.tensor([[*prompt, *answer[:-1]]]), use_cache=False)
+    return np.asarray(output.logits[0, len(prompt) - 1 :].numpy())
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))

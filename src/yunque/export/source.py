@@ -1,0 +1,152 @@
+"""The model to export: found, loaded in float32, its adapter merged in, its family known."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from yunque.errors import InputError
+from yunque.export.graph import ACTIVATIONS, Config, Graph
+from yunque.export.weights import WeightFile
+from yunque.models.arguments import ModelArguments
+from yunque.models.loading import adapter_config, load_base, load_classifier, load_config, load_tokenizer
+from yunque.runtime.spec import Kind
+
+_LANGUAGE_FAMILIES: dict[str, tuple[Kind, str]] = {
+    "t5": ("seq2seq", "t5"),
+    "bart": ("seq2seq", "bart"),
+    "gpt2": ("causal", "gpt2"),
+    "llama": ("causal", "llama"),
+    "mistral": ("causal", "llama"),
+    "qwen2": ("causal", "llama"),
+    "qwen3": ("causal", "llama"),
+}
+"""Kind and module by ``model_type``."""
+_CLASSIFIERS = ("bert", "distilbert", "roberta")
+_ACTIVATION_FIELDS = ("dense_act_fn", "activation_function", "hidden_act", "activation")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded model in float32 without adapter, and its tokenizer."""
+
+    name: str
+    kind: Kind
+    model: Any
+    tokenizer: Any
+    base_name: str | None  # of an adapter that was merged
+
+    @property
+    def config(self) -> Config:
+        """The model's configuration."""
+        return self.model.config
+
+    def state(self) -> dict[str, NDArray[np.float32]]:
+        """The weights by name, without a copy."""
+        return {name: tensor.detach().numpy() for name, tensor in self.model.state_dict().items()}
+
+    def graphs(self, weights: WeightFile) -> dict[str, Graph]:
+        """Write the model's graphs, its weights into ``weights``.
+
+        Raises:
+            InputError: an activation or another choice of the configuration that the graphs cannot express.
+        """
+        activations = [getattr(self.config, name) for name in _ACTIVATION_FIELDS if hasattr(self.config, name)]
+        for activation in activations:
+            if activation not in ACTIVATIONS:
+                known = ", ".join(sorted(ACTIVATIONS))
+                raise InputError(f"model_name_or_path: activation {activation} cannot be exported; {known} can")
+        state = self.state()
+        if self.kind == "classifier":
+            from yunque.export import classifiers
+
+            return classifiers.graphs(self.config, state, weights)
+        family = importlib.import_module(f"yunque.export.{_LANGUAGE_FAMILIES[self.config.model_type][1]}")
+        tied = _address(self.model.get_output_embeddings()) == _address(self.model.get_input_embeddings())
+        options: Mapping[str, Any] = {"model": self.model} if family.__name__.endswith(".llama") else {}
+        graphs: dict[str, Graph] = family.graphs(self.config, state, weights, tied, **options)
+        return graphs
+
+
+def load_source(name: str, revision: str, trust_remote_code: bool) -> Source:
+    """Load what ``name`` (hub id, model folder or adapter folder) holds.
+
+    Raises:
+        InputError: no such model, an unknown architecture, weights that are quantized already, an adapter that cannot
+            be merged.
+    """
+    args = ModelArguments(model_name_or_path=name, model_revision=revision, trust_remote_code=trust_remote_code)
+    _refuse_onnx(name)
+    adapter = adapter_config(name)
+    base = adapter["base_model_name_or_path"] if adapter else name
+    config = load_config(base, args)
+    is_classifier = adapter["task_type"] == "SEQ_CLS" if adapter else _is_classifier(config)
+    kind = _kind(config, is_classifier)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"model_name_or_path: {base} is quantized already; export its float model")
+    if is_classifier:
+        model, tokenizer = _load_classifier(name, base, adapter)
+    else:
+        model, tokenizer = load_base(base, args), load_tokenizer(args)
+    if adapter:
+        model = _merge(model, name)
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(f"model_name_or_path: the tokenizer of {name} has no tokenizer.json, which the runtime reads")
+    return Source(name, kind, model.float().eval(), tokenizer, base if adapter else None)
+
+
+def _kind(config: Config, is_classifier: bool) -> Kind:
+    if is_classifier and config.model_type in _CLASSIFIERS:
+        return "classifier"
+    if not is_classifier and config.model_type in _LANGUAGE_FAMILIES:
+        return _LANGUAGE_FAMILIES[config.model_type][0]
+    what = "sequence classifier" if is_classifier else "language model"
+    raise InputError(
+        f"model_name_or_path: a {what} of type {config.model_type} cannot be exported; language models of type "
+        f"{', '.join(sorted(_LANGUAGE_FAMILIES))} and sequence classifiers of type {', '.join(_CLASSIFIERS)} can"
+    )
+
+
+def _is_classifier(config: Config) -> bool:
+    names = config.architectures or []
+    return any(name.endswith("ForSequenceClassification") for name in names) or (
+        not names and config.model_type in _CLASSIFIERS
+    )
+
+
+def _load_classifier(name: str, base: str, adapter: Mapping[str, Any] | None) -> tuple[PreTrainedModel, Any]:
+    if adapter is None:
+        return load_classifier(name, "model_name_or_path")
+    from transformers import AutoTokenizer
+
+    where = name if (Path(name) / "tokenizer.json").is_file() else base
+    return AutoModelForSequenceClassification.from_pretrained(base), AutoTokenizer.from_pretrained(where)
+
+
+def _merge(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The model with the adapter of folder ``name`` in its weights."""
+    adapted = PeftModel.from_pretrained(model, name)
+    if adapted.active_peft_config.is_prompt_learning:
+        raise InputError(
+            f"model_name_or_path: {name} holds virtual tokens (prompt tuning), which are no weights to merge; "
+            "export a LoRA adapter or a whole model"
+        )
+    return adapted.merge_and_unload()
+
+
+def _refuse_onnx(name: str) -> None:
+    folder = Path(name)
+    if folder.is_dir() and any(folder.glob("*.onnx")) and not any(folder.glob("*.safetensors")):
+        raise InputError(f"model_name_or_path: {name} is an ONNX folder already; give the model it was made from")
+
+
+def _address(layer: Any) -> int:
+    return int(layer.weight.data_ptr())

@@ -1,0 +1,254 @@
+"""A running batch of texts: requests join, every step gives each one token, finished ones leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yunque.errors import InputError
+from yunque.runtime import sampling
+from yunque.runtime.options import GenerationOptions
+from yunque.runtime.rows import Rows
+from yunque.runtime.spec import ModelSpec
+
+RUNNING, EOS, LENGTH, STOP = range(4)
+REASONS = (None, "eos", "length", "stop")
+"""Why a text ended, by the codes of ``Step.reasons``."""
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step gave, one entry per running request."""
+
+    requests: Ints  # ids that ``add`` was given
+    tokens: Ints
+    reasons: NDArray[np.int8]  # codes into REASONS; all but RUNNING have left the batch
+    logprobs: NDArray[np.float32] | None  # when any request asked for them
+
+
+@dataclass
+class _Row:
+    request: int
+    options: GenerationOptions
+    prompt_length: int
+    limit: int  # new tokens
+    cancelled: bool = False
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The options of all rows as arrays; made when rows join or leave."""
+
+    requests: Ints
+    begins: Ints  # first generated position
+    limits: Ints
+    min_new: Ints
+    eos: Ints  # [rows, most], filled up with -1
+    penalty: NDArray[np.float32]
+    sampled: NDArray[np.bool_]
+    temperature: NDArray[np.float32]
+    top_k: Ints
+    top_p: NDArray[np.float32]
+    seeds: NDArray[np.uint64]
+    logprobs: bool
+    stops: list[int]  # rows with stop strings
+
+    @classmethod
+    def of(cls, rows: Sequence[_Row], eos: Sequence[tuple[int, ...]]) -> _Plan:
+        options = [row.options for row in rows]
+        most = max((len(ids) for ids in eos), default=0)
+
+        def column(name: str, dtype: Any) -> NDArray[Any]:
+            return np.array([getattr(option, name) for option in options], dtype)
+
+        return cls(
+            requests=np.array([row.request for row in rows], np.int64),
+            begins=np.array([row.prompt_length for row in rows], np.int64),
+            limits=np.array([row.limit for row in rows], np.int64),
+            min_new=column("min_new_tokens", np.int64),
+            eos=np.array([[*ids, *[-1] * (most - len(ids))] for ids in eos], np.int64).reshape(len(rows), most),
+            penalty=column("repetition_penalty", np.float32),
+            sampled=column("do_sample", np.bool_),
+            temperature=column("temperature", np.float32),
+            top_k=column("top_k", np.int64),
+            top_p=column("top_p", np.float32),
+            seeds=column("seed", np.uint64),
+            logprobs=any(option.logprobs for option in options),
+            stops=[number for number, option in enumerate(options) if option.stop],
+        )
+
+
+def new_tokens(spec: ModelSpec, prompt: Sequence[int], options: GenerationOptions) -> int:
+    """How many new tokens a request may get.
+
+    Raises:
+        InputError: an empty prompt, or one that leaves no room for a new token.
+    """
+    if not len(prompt):
+        raise InputError("prompt: is empty; give at least one token")
+    most = spec.max_positions
+    if most is None:
+        return options.max_new_tokens
+    if spec.kind == "seq2seq":
+        if len(prompt) > most:
+            raise InputError(f"prompt: has {len(prompt)} tokens, the model reads {most} at most; shorten it")
+        return min(options.max_new_tokens, most - 1)
+    if len(prompt) >= most:
+        raise InputError(f"prompt: has {len(prompt)} tokens of the model's {most} positions; shorten it")
+    return min(options.max_new_tokens, most - len(prompt))
+
+
+class Batch:
+    """Texts in the making, whatever their lengths and options.
+
+    ``begin`` puts prompts into empty rows of the decoder and leaves the logits of their first new token there.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        rows: Rows,
+        begin: Callable[[Rows, Sequence[Sequence[int]], Sequence[int]], list[list[int]]],
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        self._spec = spec
+        self._decoder = rows
+        self._begin = begin
+        self._decode = decode
+        self._rows: list[_Row] = []
+        self._context: Ints = np.zeros((0, 0), np.int64)  # decoder prompt and new tokens
+        self._fresh = 0  # last rows, whose logits are there already
+        self._plan: _Plan | None = None
+
+    def __len__(self) -> int:
+        """Number of running texts."""
+        return len(self._rows)
+
+    def add(
+        self, requests: Sequence[int], prompts: Sequence[Sequence[int]], options: Sequence[GenerationOptions]
+    ) -> None:
+        """Let requests join, whose prompts are token ids; their first tokens come with the next ``step``.
+
+        Raises:
+            InputError: an empty prompt, or one that leaves no room for a new token.
+        """
+        room = [new_tokens(self._spec, prompt, option) for prompt, option in zip(prompts, options, strict=True)]
+        if not requests:
+            return
+        contexts = self._begin(self._decoder, prompts, room)
+        first, last = len(self._rows), len(self._rows) + len(requests)
+        width = max(len(context) + limit for context, limit in zip(contexts, room, strict=True))
+        self._widen(last, width)
+        for row, context in enumerate(contexts, start=first):
+            self._context[row, : len(context)] = context
+        self._rows += [
+            _Row(request, option, len(context), limit)
+            for request, option, context, limit in zip(requests, options, contexts, room, strict=True)
+        ]
+        self._fresh += len(requests)
+        self._plan = None
+
+    def _widen(self, rows: int, width: int) -> None:
+        former = self._context
+        if rows > former.shape[0] or width > former.shape[1]:
+            shape = (max(rows, former.shape[0]), max(width, former.shape[1]))
+            self._context = np.zeros(shape, np.int64)
+            self._context[: former.shape[0], : former.shape[1]] = former
+
+    def cancel(self, requests: Iterable[int]) -> None:
+        """Let requests leave at the next step, which does not mention them any more."""
+        gone = set(requests)
+        for row in self._rows:
+            row.cancelled |= row.request in gone
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def step(self) -> Step:
+        """Give every running request its next token; the finished ones leave the batch."""
+        count = len(self._rows)
+        numbers = np.arange(count)
+        plan = self._plan = self._plan or _Plan.of(self._rows, [self._eos(row.options) for row in self._rows])
+        if waiting := count - self._fresh:
+            lengths = self._lengths(waiting)
+            self._decoder.step(self._context[numbers[:waiting], lengths])
+        self._fresh = 0
+        # The cache lacks the newest token of every row: its length is the number of tokens before that.
+        places = self._decoder.lengths[:count].astype(np.int64)
+        logits, made = self._decoder.logits[:count], places - plan.begins
+        tokens, logprobs = self._choose(plan, logits, places, made)
+        self._context[numbers, places] = tokens
+        reasons = np.zeros(count, np.int8)
+        reasons[made + 1 >= plan.limits] = LENGTH
+        reasons[(tokens[:, None] == plan.eos).any(axis=1)] = EOS
+        for row in plan.stops:
+            if reasons[row] != EOS and self._hits_stop(row, int(places[row]) + 1):
+                reasons[row] = STOP
+        cancelled = np.array([row.cancelled for row in self._rows])
+        step = Step(plan.requests, tokens, reasons, logprobs)
+        if cancelled.any():
+            kept = ~cancelled
+            chosen = None if logprobs is None else logprobs[kept]
+            step = Step(plan.requests[kept], tokens[kept], reasons[kept], chosen)
+        self._drop(np.flatnonzero((reasons != RUNNING) | cancelled).tolist())
+        return step
+
+    def _lengths(self, count: int) -> Ints:
+        return self._decoder.lengths[:count].astype(np.int64)
+
+    def _eos(self, options: GenerationOptions) -> tuple[int, ...]:
+        return self._spec.eos_token_ids if options.eos_token_ids is None else options.eos_token_ids
+
+    def _choose(
+        self, plan: _Plan, logits: NDArray[np.float32], places: Ints, made: Ints
+    ) -> tuple[Ints, NDArray[np.float32] | None]:
+        """The next tokens [rows] from ``logits`` [rows, vocabulary], and their log-probabilities if asked for."""
+        raw = logits
+        if (plan.penalty != 1).any():
+            logits = logits.copy()
+            sampling.penalize_repetition(logits, self._context, places, plan.penalty)
+        early = made < plan.min_new
+        if early.any() and plan.eos.shape[1]:
+            logits = logits.copy() if logits is raw else logits
+            rows, columns = np.nonzero((plan.eos >= 0) & early[:, None])
+            logits[rows, plan.eos[rows, columns]] = -np.inf
+        if plan.sampled.any():
+            rows = np.flatnonzero(plan.sampled)
+            tokens = logits.argmax(axis=1) if len(rows) < len(logits) else np.zeros(len(logits), np.int64)
+            tokens[rows] = sampling.sample(
+                logits[rows], plan.temperature[rows], plan.top_k[rows], plan.top_p[rows],
+                sampling.uniform(plan.seeds[rows], made[rows]),
+            )  # fmt: skip
+        else:
+            tokens = logits.argmax(axis=1)
+        self._force(plan, tokens, made)
+        return tokens, sampling.log_probabilities(raw, tokens) if plan.logprobs else None
+
+    def _force(self, plan: _Plan, tokens: Ints, made: Ints) -> None:
+        """Put in the tokens that the model always begins or ends with."""
+        if self._spec.forced_bos_token_id is not None:
+            tokens[made == 0] = self._spec.forced_bos_token_id
+        if self._spec.forced_eos_token_id is not None and plan.eos.shape[1]:
+            tokens[(made + 1 == plan.limits) & (plan.eos >= 0).any(axis=1)] = self._spec.forced_eos_token_id
+
+    def _hits_stop(self, row: int, end: int) -> bool:
+        begin = self._rows[row].prompt_length
+        stop = self._rows[row].options.stop
+        # A token may be a byte of a character: as many tokens as the longest string has bytes cover it.
+        reach = max(len(text.encode()) for text in stop) + 4
+        text = self._decode(self._context[row, max(begin, end - reach) : end].tolist())
+        return any(ending in text for ending in stop)
+
+    def _drop(self, rows: list[int]) -> None:
+        if not rows:
+            return
+        for source, target in self._decoder.remove(rows):
+            self._rows[target] = self._rows[source]
+            self._context[target] = self._context[source]
+        del self._rows[len(self._rows) - len(rows) :]
+        self._plan = None

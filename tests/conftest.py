@@ -2,6 +2,8 @@
 
 import pytest
 
+pytest_plugins = ["runs"]
+
 
 @pytest.fixture(scope="session")
 def embedded():

@@ -14,6 +14,8 @@ from trl.scripts.utils import TrlParser
 
 from yunque.errors import InputError
 
+_NAMES_A_RUN = ("--config", "--model_name_or_path", "--teacher_name_or_path")
+
 
 class _Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
@@ -49,13 +51,13 @@ def parse(
     """Parse ``argv`` and an optional ``--config FILE`` into one instance per dataclass in ``groups``.
 
     Values of the command line win over the YAML file, which wins over the dataclass defaults. ``default_config``
-    is read when the command line names neither a ``--config`` nor a ``--model_name_or_path``.
+    is read when the command line names neither a ``--config`` nor a model (or teacher) to start from.
 
     Raises:
         InputError: an unknown option or YAML key, a value of the wrong type, a file that cannot be read.
     """
     args = [part for arg in (sys.argv[1:] if argv is None else argv) for part in _split_config(arg)]
-    if default_config is not None and not any(_names(arg, "--config", "--model_name_or_path") for arg in args):
+    if default_config is not None and not any(_names(arg, *_NAMES_A_RUN) for arg in args):
         args = ["--config", str(default_config), *args]
     config = _config_path(args)
     parser = _Parser(groups, description=description, allow_abbrev=False)  # type: ignore[arg-type]  # a NewType of Any

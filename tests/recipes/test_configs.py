@@ -10,13 +10,13 @@ import yaml
 
 from yunque import arguments
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-CONFIGS = sorted((RECIPES / "configs").rglob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(path for folder in ("recipes", "compress") for path in (ROOT / folder / "configs").rglob("*.yaml"))
 
 
 def recipe_of(config: Path) -> Path:
     """The recipe that shares most first words with the file: reward_model.py reads reward_hate_roberta_base.yaml."""
-    words = {path: shared_words(path.stem, config.stem) for path in RECIPES.glob("*.py")}
+    words = {path: shared_words(path.stem, config.stem) for path in config.parents[1].glob("*.py")}
     scripts = [path for path, count in words.items() if count == max(words.values()) > 0]
     assert len(scripts) == 1, f"{config.name} should begin as the name of one recipe does"
     return scripts[0]

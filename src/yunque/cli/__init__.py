@@ -10,26 +10,22 @@ import typer
 
 from yunque import __version__, errors
 from yunque.cli import data, rehearse
-from yunque.cli.plan import plan
-from yunque.cli.doctor import doctor
-from yunque.cli import data
 from yunque.cli.compare import compare
+from yunque.cli.doctor import doctor
 from yunque.cli.evaluate import SETTINGS, evaluate
 from yunque.cli.matrix import matrix
+from yunque.cli.plan import plan
 from yunque.cli.show import show
 
 # Typer keeps click's exceptions to itself in its newer versions; this is click's UsageError in all of them.
 _UsageError = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(add_completion=False, help="From fine-tuning through alignment to a compressed model in production.")
-app.command()(show)
-app.command()(plan)
-app.command()(doctor)
-app.command()(compare)
-app.command()(matrix)
-app.add_typer(data.app, name="data")
-app.command(context_settings=rehearse.CONTEXT)(rehearse.rehearse)
+for _command in (show, plan, doctor, compare, matrix):
+    app.command()(_command)
 app.command(context_settings=SETTINGS)(evaluate)
+app.command(context_settings=rehearse.CONTEXT)(rehearse.rehearse)
+app.add_typer(data.app, name="data")
 
 
 def main() -> NoReturn:

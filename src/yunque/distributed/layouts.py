@@ -9,7 +9,7 @@ from yunque.errors import InputError
 from yunque.models.arguments import ModelArguments, PromptTuningArguments
 from yunque.models.placement import tensor_parallel
 
-Task = Literal["finetune", "reward", "preferences", "rl", "data"]
+Task = Literal["finetune", "reward", "preferences", "rl", "distill", "data"]
 Weights = Literal["full", "lora", "qlora", "prompt_tuning"]
 
 PROFILES = ("cpu", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload", "tp", "fsdp2_tp")
@@ -26,7 +26,7 @@ class Refusal(NamedTuple):
     reason: str
 
 
-_ALL_TASKS: tuple[Task, ...] = ("finetune", "reward", "preferences", "rl")
+_ALL_TASKS: tuple[Task, ...] = ("finetune", "reward", "preferences", "rl", "distill")
 _ALL_WEIGHTS: tuple[Weights, ...] = ("full", "lora", "qlora", "prompt_tuning")
 
 REFUSALS = (
@@ -34,6 +34,7 @@ REFUSALS = (
     Refusal(_TENSOR_PARALLEL, _ALL_TASKS, ("qlora",), "nf4 layers have no tensor parallelism; take fsdp2"),
     Refusal(_TENSOR_PARALLEL, _ALL_TASKS, ("prompt_tuning",), "virtual tokens have no plan to split them; take fsdp2"),
     Refusal(_TENSOR_PARALLEL, ("reward",), _ALL_WEIGHTS, "classification heads have no plan to split them; take fsdp2"),
+    Refusal(_TENSOR_PARALLEL, ("distill",), _ALL_WEIGHTS, "the teacher stands whole beside the student; take fsdp2"),
     Refusal(PROFILES[1:], ("data",), _ALL_WEIGHTS, "makes data in one process; start it with python"),
 )
 """Beside these, tensor parallelism wants an architecture with a plan: T5 and GPT-2 have none (models.placement)."""

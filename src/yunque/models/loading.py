@@ -227,6 +227,15 @@ def save_model(
     tokenizer.save_pretrained(folder)
 
 
+def merge_loaded_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The plain model that base and adapter make, or the plain model itself."""
+    if not isinstance(model, PeftModel):
+        return model
+    plain: Any = merged(model)
+    keep_head_untied(plain)
+    return plain
+
+
 @contextmanager
 def _answering_for_virtual_tokens(model: PeftModel, weights: dict[str, Tensor] | None) -> Iterator[None]:
     """While entered, virtual tokens are the gathered ones: PEFT would ask their module, which is in pieces."""

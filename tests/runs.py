@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSeq2SeqLM
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 RUN_TIMEOUT_S = 300
 TEMPLATE_WORDS = ("Summarize", "the", "following", "conversation.", "Summary:")
 
@@ -144,6 +144,11 @@ def command_line(options: dict[str, Any]) -> list[str]:
     ]
 
 
+def script(name: str) -> str:
+    """Path of a script from the root: "ppo_detox" is a recipe, "compress/distill" lies where it says."""
+    return f"{name}.py" if "/" in name else f"recipes/{name}.py"
+
+
 @pytest.fixture(scope="session")
 def start_recipe() -> Callable[..., subprocess.Popen[str]]:
     """Start a recipe as its own process group: start_recipe("ppo_detox", options, ranks=1)."""
@@ -152,7 +157,7 @@ def start_recipe() -> Callable[..., subprocess.Popen[str]]:
         launcher = ["-m", "accelerate.commands.launch", "--config_file", "launch/ddp.yaml"]
         launcher += ["--num_processes", str(ranks), "--main_process_port", "0", "-m", "yunque.distributed.rehearsal"]
         return subprocess.Popen(
-            [sys.executable, *(launcher if ranks > 1 else []), f"recipes/{name}.py", *command_line(options)],
+            [sys.executable, *(launcher if ranks > 1 else []), script(name), *command_line(options)],
             cwd=ROOT,
             env=os.environ | ENVIRONMENT,
             stdout=subprocess.PIPE,
@@ -189,7 +194,7 @@ def call_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     torch.set_num_threads(1)
 
     def call(name: str, options: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-        path = str(ROOT / "recipes" / f"{name}.py")
+        path = str(ROOT / script(name))
         monkeypatch.setattr(sys, "argv", [path, *command_line(options)])
         _forget_accelerators()
         capsys.readouterr()

@@ -1,0 +1,1 @@
+"""Smaller models that stay aligned: distillation, pruning, quantization and what they cost."""

@@ -172,8 +172,9 @@ class SavedActivations:
 
         saved_tensors_hooks.__enter__ = counted  # type: ignore[method-assign]
         self._stack.callback(setattr, saved_tensors_hooks, "__enter__", enter)
-        self._stack.callback(setattr, torch.autograd.Function, "apply", torch.autograd.Function.apply)
-        torch.autograd.Function.apply = _with_weights_kept(self, torch.autograd.Function.apply)
+        apply = vars(torch.autograd.Function)["apply"]
+        self._stack.callback(setattr, torch.autograd.Function, "apply", apply)
+        torch.autograd.Function.apply = _with_weights_kept(self, apply)  # type: ignore[method-assign]
         self._stack.enter_context(saved_tensors_hooks(self._pack, _unpack))
         return self
 
@@ -291,11 +292,14 @@ def local(tensor: Any) -> Tensor:
 
 
 def held_bytes(tensors: Iterable[Any]) -> int:
-    """Bytes of the storages behind ``tensors`` on this rank, each counted once; what is no tensor counts nothing."""
+    """Bytes of the storages behind ``tensors`` on this rank, each once, and of DTensor shards."""
     storages = {}
     for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            storage = local(tensor).untyped_storage()
+        if isinstance(tensor, DTensor):  # its shard: on a CPU one cut while loading may be a view of the whole
+            shard = tensor._local_tensor
+            storages[shard.data_ptr()] = shard.numel() * shard.element_size()
+        elif isinstance(tensor, Tensor):
+            storage = tensor.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
 

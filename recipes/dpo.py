@@ -3,6 +3,7 @@
     python recipes/dpo.py --config recipes/configs/dpo_qwen2.5_1.5b_hh.yaml
     python recipes/dpo.py --config recipes/configs/dpo_hh_stories_local.yaml
     accelerate launch --config_file launch/ddp.yaml --num_processes 4 recipes/dpo.py --config ...
+    accelerate launch --config_file launch/fsdp2.yaml --num_processes 8 recipes/dpo.py --config ...
 
 Ends with margins and accuracies on held-out pairs, before and after. Stop it with Ctrl-C or SIGTERM and go on with
 --resume.

@@ -3,6 +3,7 @@
     python recipes/finetune.py --config recipes/configs/finetune_flan_t5_base.yaml
     python recipes/finetune.py --config recipes/configs/finetune_stories260k_alpaca.yaml
     accelerate launch --config_file launch/ddp.yaml --num_processes 4 recipes/finetune.py --config ...
+    accelerate launch --config_file launch/fsdp2.yaml --num_processes 8 recipes/finetune.py --config ...
 
 Encoder-decoder or decoder-only follows from the model. Ends with loss and ROUGE-L on the test split, and on an old task
 before and after. Stop it with Ctrl-C or SIGTERM and go on with --resume. Which method and why: docs/finetuning.md

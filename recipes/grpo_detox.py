@@ -4,6 +4,7 @@
     accelerate launch recipes/grpo_detox.py --advantage_estimator rloo
     accelerate launch recipes/grpo_detox.py --config recipes/configs/grpo_detox_flan_t5_base.yaml
     accelerate launch --config_file launch/ddp.yaml --num_processes 4 recipes/grpo_detox.py --config ...
+    accelerate launch --config_file launch/fsdp2.yaml --num_processes 8 recipes/grpo_detox.py --config ...
 
 Groups are the values of --group_column, bands of prompt length (--group_column length_band), or, without it, the
 answers to one prompt. Stop it with Ctrl-C or SIGTERM and go on with --resume.

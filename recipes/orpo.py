@@ -3,6 +3,7 @@
     python recipes/orpo.py --config recipes/configs/orpo_flan_t5_base_hh.yaml
     python recipes/orpo.py --config recipes/configs/orpo_hh_stories_local.yaml
     accelerate launch --config_file launch/ddp.yaml --num_processes 4 recipes/orpo.py --config ...
+    accelerate launch --config_file launch/fsdp2.yaml --num_processes 8 recipes/orpo.py --config ...
 
 For decoder-only and encoder-decoder models; no reference model is kept. Ends with margins and accuracies per token on
 held-out pairs, before and after. Stop it with Ctrl-C or SIGTERM and go on with --resume.

@@ -3,6 +3,7 @@
     accelerate launch recipes/ppo_detox.py                               # embedded models and dialogues, no network
     accelerate launch recipes/ppo_detox.py --config recipes/configs/ppo_detox_flan_t5_base.yaml
     accelerate launch --config_file launch/ddp.yaml --num_processes 4 recipes/ppo_detox.py --config ...
+    accelerate launch --config_file launch/fsdp2.yaml --num_processes 8 recipes/ppo_detox.py --config ...
 
 Stop it with Ctrl-C or SIGTERM and go on with --resume. Ends with the held-out prompts before and after.
 """

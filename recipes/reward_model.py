@@ -3,6 +3,7 @@
     python recipes/reward_model.py --config recipes/configs/reward_hate_roberta_base.yaml     # labels
     python recipes/reward_model.py --config recipes/configs/reward_gpt2_medium_hh.yaml        # pairs
     accelerate launch --config_file launch/ddp.yaml --num_processes 4 recipes/reward_model.py --config ...
+    accelerate launch --config_file launch/fsdp2.yaml --num_processes 8 recipes/reward_model.py --config ...
 
 The columns of the data decide which. Ends with accuracy and macro-F1, or with pair accuracy and calibration, on the
 test split and, with --eval_dataset_name, on an independent second set; the folder serves as --reward_funcs FOLDER.

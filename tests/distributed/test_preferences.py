@@ -211,7 +211,7 @@ def test_a_cache_of_other_rows_is_passed_over(trainer_of, tmp_path):
     for rows in (4, 6):
         trainer = trainer_of(tiny.t5(), DPO(beta=0.1), pairs.pairs(rows))
         trainer.precompute_reference(tmp_path / "cache.npy")
-        assert len(trainer.train_dataset["reference_chosen"]) == rows
+        assert len(trainer.collator.reference) == rows
 
 
 # --- sums over batches ---

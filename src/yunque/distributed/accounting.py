@@ -94,7 +94,10 @@ class Meter:
         def watched(accelerator: Any, *objects: Any, **options: Any) -> Any:
             prepared = prepare(accelerator, *objects, **options)
             several = prepared if isinstance(prepared, tuple | list) else (prepared,)
-            self._models += [item for item in several if isinstance(item, nn.Module)]
+            for model in (item for item in several if isinstance(item, nn.Module)):
+                if not any(model is known for known in self._models):
+                    self._models.append(model)
+                    self._watch_step(_zero(model))
             return prepared
 
         setattr(Accelerator, name, watched)
@@ -128,6 +131,18 @@ class Meter:
             self._raise_peak("master_bytes", held_bytes(masters))
             self._raise_peak("optimizer_bytes", held_bytes([*states, *masters]))
 
+    def _watch_step(self, zero: Any) -> None:
+        """Look at the gradients before DeepSpeed's own step too, which lets most of them go at once."""
+        if hasattr(zero, "averaged_gradients"):
+            step = zero.step
+
+            @wraps(step)
+            def watched(*args: Any, **options: Any) -> Any:
+                self._raise_peak("gradient_bytes", held_bytes(gradients_of(self._models)))
+                return step(*args, **options)
+
+            zero.step = watched
+
     def _trains(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether ``optimizer`` belongs to a prepared model, itself or inside DeepSpeed's."""
         ours = {id(weight) for model in self._models for weight in [*model.parameters(), *_masters(model)]}
@@ -157,6 +172,8 @@ class SavedActivations:
 
         saved_tensors_hooks.__enter__ = counted  # type: ignore[method-assign]
         self._stack.callback(setattr, saved_tensors_hooks, "__enter__", enter)
+        self._stack.callback(setattr, torch.autograd.Function, "apply", torch.autograd.Function.apply)
+        torch.autograd.Function.apply = _with_weights_kept(self, torch.autograd.Function.apply)
         self._stack.enter_context(saved_tensors_hooks(self._pack, _unpack))
         return self
 
@@ -194,6 +211,31 @@ class SavedActivations:
         if not self._users[storage]:
             del self._users[storage]
             self.bytes -= size
+
+
+def _with_weights_kept(saved: SavedActivations, apply: Any) -> Any:
+    """``Function.apply`` past the hooks where it gets ZeRO-3's weights.
+
+    Hooks would give them back without DeepSpeed's marks, which TRL's fused head looks for.
+    """
+
+    def applied(kind: Any, *args: Any, **options: Any) -> Any:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if hooks is None or hooks[1] is not _unpack or not any(hasattr(arg, "ds_id") for arg in args):
+            return apply.__func__(kind, *args, **options)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        try:
+            results = apply.__func__(kind, *args, **options)
+        finally:
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+        outputs = results if isinstance(results, tuple) else (results,)
+        node = next((output.grad_fn for output in outputs if getattr(output, "grad_fn", None) is not None), None)
+        for tensor in getattr(node, "saved_tensors", ()):
+            if tensor is not None and not _is_weight(tensor):
+                saved._count(node, tensor)
+        return results
+
+    return classmethod(applied)
 
 
 class _Saved:
@@ -271,6 +313,7 @@ def gradients_of(models: Iterable[nn.Module]) -> Iterator[Any]:
     """Tensors that hold gradients of ``models`` on this rank, DeepSpeed's own copies included."""
     for model in models:
         yield from (weight.grad for weight in model.parameters())
+        yield getattr(_zero(model), "grad_partitions_flat_buffer", None)
         for name in ("averaged_gradients", "all_grad_tensors"):
             for parts in (getattr(_zero(model), name, None) or {}).values():
                 yield from parts if isinstance(parts, list) else [parts]

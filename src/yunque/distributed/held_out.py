@@ -46,8 +46,8 @@ class HeldOutScores:
     @staticmethod
     def from_json(content: dict[str, Any]) -> HeldOutScores:
         """What to_json was made of."""
-        numbers = (np.array(content[name]) for name in ("nats", "num_tokens", "rougeL"))
-        return HeldOutScores(*numbers, content["predictions"])
+        nats, num_tokens, rouge = (np.array(content[name]) for name in ("nats", "num_tokens", "rougeL"))
+        return HeldOutScores(nats, num_tokens, rouge, content["predictions"])
 
     def as_dict(self, seed: int) -> dict[str, Any]:
         """Loss per label token over all rows, and ROUGE-L with its interval."""

@@ -110,6 +110,7 @@ class PreferenceTrainer(ResumableTrainer):
             self.model.to(self.args.device)
         model: Any = self.model_wrapped if self.state.global_step else self.model
         parts = []
+        known, self.collator.reference = self.collator.reference, None  # of the train rows
         with _evaluating(model):
             for batch in self.get_test_dataloader(rows):
                 scores = self._pair_scores(model, self._prepare_inputs(batch))
@@ -118,6 +119,7 @@ class PreferenceTrainer(ResumableTrainer):
                     scores_B2 /= torch.stack([scores.chosen_tokens_B, scores.rejected_tokens_B], dim=1)
                 ranks = self.accelerator.gather(scores_B2).chunk(self.accelerator.num_processes)
                 parts += ranks[:: self.get_tp_size()]  # tensor-parallel ranks have scored the same rows
+        self.collator.reference = known
         return torch.cat(parts)[: len(rows)].cpu().numpy()  # without those that fill up the last batch
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:

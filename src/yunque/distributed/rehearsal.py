@@ -135,7 +135,7 @@ def leave_fused_losses_alone() -> None:
         finally:
             _autograd._push_saved_tensors_default_hooks(*hooks)
 
-    ChunkedLogProbFunction.apply = uncounted
+    ChunkedLogProbFunction.apply = uncounted  # type: ignore[method-assign]
 
 
 def _drop_dropout() -> None:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +222,7 @@ def _tensor_parallel(wanted: Rehearsal) -> tuple[int, int]:
 def _precision(wanted: Rehearsal) -> str:
     """The run's precision: the last that an option says, else the profile's."""
     chosen = str(_content(wanted).get("mixed_precision", "no"))
-    options = [*wanted.launch_options, *wanted.arguments]
-    for name, value in zip(options, [*options[1:], ""], strict=True):
+    for name, value in pairwise([*wanted.launch_options, *wanted.arguments]):
         chosen = value if name == "--mixed_precision" else chosen
     return chosen if chosen in TOLERANCE else "bf16"
 

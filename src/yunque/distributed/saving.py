@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import PeftModel
@@ -24,12 +25,15 @@ def gathered_weights(accelerator: Accelerator, model: Any, wrapped: Any) -> dict
         return wrapped._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapters_only) or {}
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[str, Tensor] = {}
+    gathered: dict[Any, Tensor] = {}  # what has two names is one tensor, or it would be saved twice
     for name, value in model.state_dict().items():
-        if adapters_only and name not in trained:
+        if adapters_only and not (name in parameters and parameters[name].requires_grad):
             continue
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if accelerator.is_main_process:
-            found[name] = whole.detach().cpu()
-    return found
+        key = id(parameters[name]) if name in parameters else name
+        if key not in gathered:
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            gathered[key] = whole.detach().cpu() if accelerator.is_main_process else torch.empty(0)
+        found[name] = gathered[key]
+    return found if accelerator.is_main_process else {}

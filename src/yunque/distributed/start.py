@@ -49,10 +49,11 @@ def start_run(
 def start_accelerator(args: RunArguments) -> Accelerator:
     """Accelerate with the trackers of the run, for recipes whose trainer does not make its own."""
     from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
     return Accelerator(
         mixed_precision=args.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # "auto" of a profile is for Trainers
         log_with=args.report_to or None,
         project_config=ProjectConfiguration(logging_dir=f"{args.output_dir}/tensorboard"),
     )

@@ -160,14 +160,16 @@ def fit(
     folder = Path(args.output_dir)
     trainer.group_by_length = args.train_sampling_strategy == "group_by_length"
     trainer.identity = _identity(trainer, args)
+    # torch's copy of what it writes in the background fails on tensor-parallel weights of ranks after the first
+    background = args.async_save and tensor_parallel() is None
     trainer.checkpoints = Checkpoints(
-        folder / CHECKPOINTS, trainer.accelerator, keep=args.save_total_limit, asynchronous=args.async_save
+        folder / CHECKPOINTS, trainer.accelerator, keep=args.save_total_limit, asynchronous=background
     )
     _keep_outputs_exact(trainer)
     if tensor_parallel():
         trainer.args.save_strategy = SaveStrategy.STEPS  # with checkpoints of ours, which the Trainer did not know of
     found = trainer.checkpoints.newest() if args.resume else None
-    start = BeforeTraining(before or (lambda: None), folder / CHECKPOINTS / "before.json")
+    start = BeforeTraining(lambda: _measured(trainer, before), folder / CHECKPOINTS / "before.json")
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     try:
         with StopSignal() as signal, trainer.checkpoints:
@@ -193,6 +195,17 @@ def fit(
         "train_cpu_s": time.process_time() - cpu_s,
     }
     return metrics, start.result
+
+
+def _measured(trainer: LengthGrouping | PreferenceTrainer, before: Callable[[], Any] | None) -> Any:
+    """What ``before`` returns; then ZeRO-3 forgets its forward passes, by whose order it would gather weights."""
+    if before is None:
+        return None
+    result = before()
+    offload = getattr(getattr(trainer.model_wrapped, "optimizer", None), "parameter_offload", None)
+    if offload is not None and not offload.get_param_coordinator().is_invalid_trace():
+        offload.get_param_coordinator()._invalidate_trace()
+    return result
 
 
 def _keep_outputs_exact(trainer: LengthGrouping | PreferenceTrainer) -> None:

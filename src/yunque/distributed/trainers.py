@@ -17,7 +17,7 @@ from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, Traine
 
 from yunque.distributed.checkpoint import StopSignal
 from yunque.distributed.resumable import ResumableTrainer
-from yunque.errors import CheckFailed
+from yunque.errors import CheckFailed, InputError
 
 _POOL_BATCHES = 50
 
@@ -144,6 +144,8 @@ class BeforeTraining(TrainerCallback):
     ) -> None:
         """Measure, unless a checkpoint has been loaded."""
         if state.global_step:
+            if not self.path.is_file():
+                raise InputError(f"resume: {self.path} is missing; start again with --overwrite_output_dir")
             self.result = json.loads(self.path.read_text(encoding="utf-8"))
             return
         self.result = self.measure()

@@ -11,14 +11,16 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def copy_module(module: M) -> M:
     """Copy a module with all its weights; under tensor parallelism with this rank's parts of them."""
+    parts = [weight for weight in module.parameters() if isinstance(weight, DTensor)]  # deepcopy cannot copy these
     with whole_partitions(module):
-        return _copied(module, {})
+        return _copied(module, {id(part): nn.Parameter(part.detach().clone(), part.requires_grad) for part in parts})
 
 
 def skeleton(module: M) -> M:

@@ -37,7 +37,7 @@ from transformers.utils import logging
 from yunque.errors import InputError
 from yunque.models.arguments import ModelArguments, PromptTuningArguments
 from yunque.models.copying import read_whole
-from yunque.models.placement import loading_options, share_embedding, weights_left_whole
+from yunque.models.placement import check_adapter, loading_options, share_embedding, weights_left_whole
 from yunque.models.quantized import (
     dtype_of_the_rest,
     is_quantized,
@@ -105,11 +105,11 @@ def load_model(
         raise InputError(f"model_name_or_path: {name} holds virtual tokens (prompt tuning); give a LoRA adapter")
     model = load_base(adapter["base_model_name_or_path"] if adapter else name, args)
     _check_vocabulary(model, tokenizer, name)
-    if adapter:
-        return _load_adapter(model, name, adapter)
     if new_tokens:
         return _add_virtual_tokens(model, tokenizer, name, prompt)
-    return add_lora(model, args) if args.use_peft else model
+    trained = _load_adapter(model, name, adapter) if adapter else add_lora(model, args) if args.use_peft else model
+    check_adapter(trained)
+    return trained
 
 
 def load_base(name: str, args: ModelArguments) -> PreTrainedModel:
@@ -234,7 +234,7 @@ def _answering_for_virtual_tokens(model: PeftModel, weights: dict[str, Tensor] |
         yield
         return
     (tokens,) = weights.values()
-    model.get_prompt_embedding_to_save = lambda adapter_name: tokens
+    model.get_prompt_embedding_to_save = lambda adapter_name: tokens  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -243,7 +243,7 @@ def _answering_for_virtual_tokens(model: PeftModel, weights: dict[str, Tensor] |
 
 def _with_weights(model: PeftModel, weights: dict[str, Tensor]) -> PeftModel:
     """A model on the CPU with the base of ``model``, read once more, under its adapter's ``weights``."""
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     again = type(base).from_pretrained(
         base.name_or_path, config=base.config, dtype=base.dtype, ignore_mismatched_sizes=True
     )

@@ -57,6 +57,24 @@ def loading_options(config: Any) -> dict[str, Any]:
     }
 
 
+def check_adapter(model: Any) -> None:
+    """Check that tensor parallelism carries a LoRA adapter: PEFT's fails on matrices that are split by their inputs.
+
+    Raises:
+        InputError: it has one on such a matrix.
+    """
+    split = {name.split(".")[-2] for name, layer in model.named_modules() if _split_by_inputs(layer)}
+    if split:
+        raise InputError(
+            f"lora_target_modules: {', '.join(sorted(split))} are split by their inputs under tensor parallelism, "
+            "which PEFT's LoRA does not carry; leave them out, or take fsdp2"
+        )
+
+
+def _split_by_inputs(layer: Any) -> bool:
+    return vars(layer).get("_hf_tp_plan") == "rowwise"
+
+
 def share_embedding(model: Any) -> None:
     """Let stacks that share the embedding's weight (T5's) share its module too, where FSDP2 is to split it.
 

@@ -81,7 +81,7 @@ class ClassifierScorer:
     @torch.no_grad()
     def logits(self, texts: Sequence[str]) -> np.ndarray:
         """Class logits in float32, shape (texts, classes), in the order of ``texts``."""
-        encoded = self.tokenizer(list(texts), verbose=False)["input_ids"]
+        encoded = self.tokenizer(list(texts), verbose=False)["input_ids"] if len(texts) else []  # it takes no empty list
         for row, ids in enumerate(encoded):
             if len(ids) > self.max_length:
                 self.truncated_texts += 1

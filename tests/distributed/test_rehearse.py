@@ -1,0 +1,139 @@
+"""What surrounds a rehearsal: profiles by name, memory, ports, traces, and the exit codes of what is launched."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from yunque.cli import app
+from yunque.distributed import rehearse
+from yunque.distributed.profiles import find_profile, profiles
+from yunque.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+RECORD = {
+    "rank": 0, "parameter_bytes": 1000, "gradient_bytes": 500, "optimizer_bytes": 2000, "activation_peak_bytes": 70,
+    "communication_bytes": {"all_gather": 12345}, "memory_bytes": GIB,
+}  # fmt: skip
+
+
+def wanted(**options):
+    return rehearse.Rehearsal(find_profile("fsdp2"), "recipes/finetune.py", **options)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Stands in for the launcher; the losses of each rank, and what it was asked for."""
+    asked = []
+
+    def launch(rehearsal, folder, *, ranks, nodes, fold):
+        asked.append({"ranks": ranks, "nodes": nodes, "fold": fold})
+        traces = [[2.0, 1.0]] if ranks == 1 else [[2.5 - rank, 1.0] for rank in range(ranks)]
+        return [RECORD | {"rank": rank, "losses": trace} for rank, trace in enumerate(traces)]
+
+    monkeypatch.setattr(rehearse, "_launch", launch)
+    return asked
+
+
+def test_a_profile_is_found_by_name_and_by_path(tmp_path):
+    (tmp_path / "mine.yaml").write_text("distributed_type: MULTI_GPU\n")
+    assert find_profile("zero3") == profiles()["zero3"]
+    assert find_profile(str(tmp_path / "mine.yaml")) == tmp_path / "mine.yaml"
+
+
+def test_an_unknown_profile_lists_the_known_ones():
+    process = CliRunner().invoke(app, ["rehearse", "zero4", "recipes/finetune.py"])
+    assert isinstance(process.exception, InputError)
+    assert "there is no zero4; take cpu, ddp, fsdp2, fsdp2_tp, tp, zero1, zero2, zero3, zero3_offload" in str(
+        process.exception
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"ranks": 0}, "--ranks 0"), ({"nodes": 0}, "--nodes 0"), ({"ranks": 3, "nodes": 2}, "3 ranks do not divide")],
+)
+def test_bad_numbers(options, words):
+    with pytest.raises(InputError, match=words):
+        wanted(**options)
+
+
+def test_a_script_that_is_no_file():
+    with pytest.raises(InputError, match=r"script: recipes/absent.py is no file"):
+        rehearse.Rehearsal(find_profile("ddp"), "recipes/absent.py")
+
+
+def test_more_ranks_than_memory_are_refused_with_the_amount(monkeypatch, launches):
+    monkeypatch.setattr(rehearse, "available_bytes", lambda: 8 * GIB)
+    with pytest.raises(InputError, match=r"--ranks 100: needs about 68.4 GiB .* 8.0 GiB are free; take 11 or fewer"):
+        rehearse.rehearse(wanted(ranks=100))
+    assert launches == []
+    with pytest.raises(InputError, match=r"--ranks 10: needs about 10.0 GiB \(1.00 GiB a rank by what one held\)"):
+        rehearse.rehearse(wanted(ranks=10))
+    assert [asked["ranks"] for asked in launches] == [1]
+
+
+def test_free_memory_is_read():
+    assert 0 < rehearse.available_bytes() < 2**50
+
+
+def test_a_taken_port_is_replaced():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        assert rehearse.free_port(taken) not in (0, taken)
+    assert rehearse.free_port(taken) == taken
+
+
+def test_traces_are_compared_relative_to_the_loss():
+    assert rehearse.largest_difference([4.0, 0.5], [4.2, 0.5]) == pytest.approx(0.2 / 4.2)
+    assert rehearse.largest_difference([0.01], [0.02]) == pytest.approx(0.01)  # not twice as large
+    assert rehearse.largest_difference([1.0], [1.0, 1.0]) == float("inf")
+
+
+def test_losses_are_averaged_over_ranks_and_compared_with_one(launches):
+    report = rehearse.rehearse(wanted(ranks=2))
+    assert (report.losses, report.one_rank_losses) == ([2.0, 1.0], [2.0, 1.0])
+    assert report.equal
+    assert launches == [{"ranks": 1, "nodes": 1, "fold": 2}, {"ranks": 2, "nodes": 1, "fold": 1}]
+    content = json.loads(report.to_json())
+    assert [record["rank"] for record in content["per_rank"]] == [0, 1]
+    assert content["per_rank"][0]["communication_bytes"] == {"all_gather": 12345}
+    assert "equal those of one rank" in str(report)
+    assert "all_gather 12,345" in str(report)
+
+
+def test_losses_that_differ_fail_the_command(launches):
+    arguments = ["rehearse", "fsdp2", "recipes/finetune.py", "--max_steps", "3", "--ranks", "4"]
+    process = CliRunner().invoke(app, arguments)  # the stand-in's ranks average to 1, not 2
+    assert "DIFFER" in process.output
+    assert "losses differ" in str(process.exception)
+
+
+def test_without_comparison_one_rank_does_not_run(launches):
+    report = rehearse.rehearse(wanted(), compare=False)
+    assert launches == [{"ranks": 2, "nodes": 1, "fold": 0}]
+    assert report.equal is None
+
+
+@pytest.mark.parametrize(("profile", "ranks", "fold"), [("tp", 2, 1), ("fsdp2_tp", 4, 2), ("zero2", 3, 3)])
+def test_one_rank_takes_the_rows_of_all(profile, ranks, fold, launches):
+    rehearse.rehearse(rehearse.Rehearsal(find_profile(profile), "recipes/finetune.py", ranks=ranks))
+    assert launches[0]["fold"] == fold
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("code", "expected"), [(75, 75), (3, 1)])
+def test_the_launcher_leaves_with_the_script_s_code(code, expected, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; sys.exit({code})")
+    options = ["--config_file", "launch/ddp.yaml", "--num_processes", "2", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "yunque.distributed.launch", *options, str(script)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=False)
+    assert process.returncode == expected

@@ -24,7 +24,7 @@ class ExportArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished folder."})
     optimum_layout: bool = field(
         default=False,
-        metadata={"help": "Write the files that optimum-onnx loads (ORTModelFor...), instead of our runtime's."},
+        metadata={"help": "Not available yet: the files that optimum-onnx loads, instead of our runtime's."},
     )
     parity_dataset: str | None = field(
         default=None,
@@ -43,6 +43,8 @@ class ExportArguments:
         for name in ("model_name_or_path", "output_dir"):
             if not getattr(self, name):
                 raise InputError(f"{name}: is missing; give a {'model' if name.startswith('model') else 'folder'}")
+        if self.optimum_layout:
+            raise InputError("optimum_layout: is not available yet; leave it out")
         for name in ("parity_prompts", "parity_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} proves nothing; give 1 or more")

@@ -36,8 +36,6 @@ def export(args: ExportArguments) -> artifacts.Manifest:
     metrics: dict[str, Any] = {"parity": None}
 
     def write(staging: Path) -> None:
-        if args.optimum_layout:
-            raise InputError("optimum_layout: not written yet")
         write_folder(source, staging)
         metrics["parity"] = asdict(
             check_parity(source, staging, prompts, origin, tokens=args.parity_tokens, tolerance=args.parity_tolerance)
@@ -90,7 +88,11 @@ def specification(source: Source, files: dict[str, str]) -> ModelSpec:
         return ModelSpec(vocab_size=config.vocab_size, labels=labels, independent_labels=independent, **common)
     generation = source.model.generation_config
     rows = source.model.get_output_embeddings().weight.shape[0]
-    starts = (generation.decoder_start_token_id, getattr(config, "decoder_start_token_id", None), config.bos_token_id)
+    starts = (
+        generation.decoder_start_token_id,
+        getattr(config, "decoder_start_token_id", None),
+        generation.bos_token_id,
+    )
     start = next((token for token in starts if token is not None), None)
     if start is None and source.kind == "seq2seq":
         raise InputError("model_name_or_path: its configuration names no decoder_start_token_id; add it there")

@@ -1,7 +1,7 @@
 """Export a model folder to an ONNX folder that runs without torch, and prove that it is the same model.
 
     python compress/to_onnx.py --model_name_or_path outputs/ppo_detox --output_dir outputs/onnx
-    python compress/to_onnx.py --model_name_or_path google/flan-t5-base --output_dir outputs/flan --parity_dataset dialogues.jsonl
+    python compress/to_onnx.py --model_name_or_path google/flan-t5-base --output_dir out --parity_dataset rows.jsonl
 
 Encoder-decoder models (T5, BART), decoder-only models (GPT-2, Llama, Mistral, Qwen2, Qwen3) and sequence classifiers
 (BERT, RoBERTa, DistilBERT); LoRA adapters are merged first. The export fails, and leaves nothing behind, when a logit

@@ -94,13 +94,10 @@ def test_method_decides_what_is_beside_the_weights(folder):
     assert ppo_lora.kv_cache > 0 == lora.kv_cache
 
 
-def test_checkpointing_and_padding_change_activations(folder):
-    args = folder(tiny_config("llama"))
-    padded, equal = (
-        plan(Request(args, batch=Batch(8, 96, 32, padded=padded)), ("fsdp2",)).of("fsdp2") for padded in (True, False)
-    )
-    assert padded.activations_checkpointed < padded.activations / 2
-    assert equal.activations < padded.activations
+def test_checkpointing_saves_activations(folder):
+    found = plan(Request(folder(tiny_config("llama")), batch=Batch(8, 96, 32)), ("fsdp2",)).of("fsdp2")
+    assert found.activations_checkpointed < 0.6 * found.activations
+    assert found.total_checkpointed < found.total
 
 
 def test_qlora_packs_linear_layers(folder):

@@ -32,9 +32,6 @@ def plan(
         typer.Option("--lora_target_modules", help="Layer to adapt, repeated; PEFT's choice if unset."),
     ] = None,
     tp_size: Annotated[int | None, typer.Option("--tp_size", help="GPUs of a tensor-parallel group.")] = None,
-    equal: Annotated[
-        bool, typer.Option("--equal_lengths", help="All rows are of one length: no mask is kept.")
-    ] = False,
     scaling: Annotated[bool, typer.Option("--scaling", help="Efficiency on 8, 64 and 512 GPUs too.")] = False,
     tflops: Annotated[float, typer.Option(help="Scaling: peak bf16 TFLOP/s of a GPU.")] = 989.0,
     mfu: Annotated[float, typer.Option(help="Scaling: share of it that one GPU reaches.")] = 0.4,
@@ -65,7 +62,7 @@ def plan(
         nodes=nodes,
         device_memory_bytes=plan_report.parse_bytes(device_memory, "device-memory"),
         tensor_ranks=tp_size,
-        batch=Batch(rows, prompt, answer, padded=not equal),
+        batch=Batch(rows, prompt, answer),
         rollout_rows=rollout,
     )
     library.check_profile(profile)

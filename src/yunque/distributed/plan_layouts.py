@@ -115,9 +115,12 @@ def _tensor_parallel(weight: Weight, layout: Layout, plan: dict[str, str]) -> We
     """``weight`` as one tensor-parallel rank holds it: the first dimension split or the second."""
     if layout.tensor_ranks == 1:
         return weight
-    name = weight.name.removesuffix(".weight").removesuffix(".bias")
-    style = next((style for pattern, style in plan.items() if fnmatch(name, f"*{pattern}")), "")
-    dimension = 0 if style.startswith("colwise") else 1 if style.startswith("rowwise") else None
+    layer, _, matrix = weight.name.removesuffix(".weight").removesuffix(".bias").partition(".lora_")
+    layer = layer.removesuffix(".base_layer")
+    style = next((style for pattern, style in plan.items() if fnmatch(layer, f"*{pattern}")), "")
+    dimension = 0 if style.startswith(("colwise", "embedding_rowwise")) else 1 if style.startswith("rowwise") else None
+    if matrix and matrix[0] != ("B" if dimension == 0 else "A"):  # the matrix on the side that is not split stays whole
+        dimension = None
     if dimension is None or dimension >= len(weight.shape):
         return weight
     shape = list(weight.shape)

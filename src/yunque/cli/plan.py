@@ -22,15 +22,10 @@ def plan(
     rows: Annotated[int, typer.Option("--per_device_train_batch_size", help="Rows per forward pass of a GPU.")] = 8,
     prompt: Annotated[int, typer.Option("--prompt_tokens", help="Longest prompt of a batch.")] = 512,
     answer: Annotated[int, typer.Option("--answer_tokens", help="Longest answer of a batch.")] = 128,
-    rollout: Annotated[
-        int, typer.Option("--rollout_batch_size", help="ppo, grpo: answers a GPU samples at once.")
-    ] = 16,
+    rollout: Annotated[int, typer.Option("--rollout_batch_size", help="Answers a GPU samples at once.")] = 16,
     dtype: Annotated[str, typer.Option(help="Precision of the loaded weights: float32 or bfloat16.")] = "float32",
     lora_r: Annotated[int, typer.Option("--lora_r", help="Rank of the LoRA matrices.")] = 32,
-    targets: Annotated[
-        list[str] | None,
-        typer.Option("--lora_target_modules", help="Layer to adapt, repeated; PEFT's choice if unset."),
-    ] = None,
+    targets: Annotated[list[str] | None, typer.Option("--lora_target_modules", help="Layer; may be repeated.")] = None,
     tp_size: Annotated[int | None, typer.Option("--tp_size", help="GPUs of a tensor-parallel group.")] = None,
     scaling: Annotated[bool, typer.Option("--scaling", help="Efficiency on 8, 64 and 512 GPUs too.")] = False,
     tflops: Annotated[float, typer.Option(help="Scaling: peak bf16 TFLOP/s of a GPU.")] = 989.0,
@@ -47,12 +42,10 @@ def plan(
         from yunque.models.arguments import ModelArguments
     except ImportError as error:
         raise errors.InputError(f"yunque plan needs {error.name}; pip install 'yunque[train]'") from error
-    if dtype not in ("float32", "bfloat16"):
-        raise errors.InputError(f"dtype: there is no {dtype}; take float32 or bfloat16")
     request = library.Request(
         model=ModelArguments(
             model_name_or_path=model,
-            dtype=dtype,  # type: ignore[arg-type]  # checked above
+            dtype=dtype,  # type: ignore[arg-type]  # the request checks it
             lora_r=lora_r,
             lora_target_modules=targets or None,
         ),

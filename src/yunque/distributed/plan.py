@@ -62,6 +62,8 @@ class Request:
         """Check names and ranges, and let the method decide how weights are held."""
         if self.method not in METHODS:
             raise InputError(f"method: there is no {self.method}; take {', '.join(METHODS)}")
+        if self.model.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"dtype: there is no {self.model.dtype}; take float32 or bfloat16")
         self.weights = METHODS[self.method][1] or self.weights
         if self.weights not in ("full", "lora", "qlora"):
             raise InputError(f"weights: there is no {self.weights}; take full, lora or qlora")

@@ -18,7 +18,6 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, set_s
 
 from yunque.distributed.accounting import Meter
 from yunque.distributed.layouts import data_ranks
-from yunque.distributed.rehearsal import leave_fused_losses_alone
 from yunque.distributed.saving import gathered_weights
 from yunque.distributed.start import split_while_loading, start_run
 from yunque.distributed.supervised import SupervisedArguments, fit, trainer_arguments
@@ -94,8 +93,6 @@ def main():
     found = {}
     for cell in cells:
         with Meter() as meter:
-            if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-                leave_fused_losses_alone()
             found[cell] = train(cell, Path(folder), Path(results), ranks)
         found[cell] |= meter.report()
     (Path(results) / f"{rank}.json").write_text(json.dumps(found))

@@ -19,6 +19,7 @@ ROWS = {
     "reward_model": ("reward", "full"),
     "dpo, orpo": ("preferences", "lora"),
     "ppo_detox, grpo_detox, ppo_sentiment": ("rl", "lora"),
+    "distill": ("distill", "full"),
     "constitutional": ("data", "full"),
 }
 ENVIRONMENTS = {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pairs
 import pytest
+import runs
 import tiny
 import torch
 from peft import PeftModel
@@ -50,7 +51,7 @@ def rehearsed(monkeypatch):
             for name, value in options.items()
             for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
         ]
-        wanted = Rehearsal(find_profile(profile), f"recipes/{recipe}.py", parts, **sizes)
+        wanted = Rehearsal(find_profile(profile), runs.script(recipe), parts, **sizes)
         return rehearse(wanted, compare=compare)
 
     return run
@@ -111,6 +112,22 @@ def test_dpo_of_an_adapter_keeps_its_reference_under_fsdp2(rehearsed, models, tm
     assert report.losses[0] == pytest.approx(0.6931, abs=2e-3)  # log 2: policy and reference are one model
     model = load_model(ModelArguments(model_name_or_path=str(tmp_path / "out")), tiny.tokenizer())
     assert isinstance(model, PeftModel)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(("profile", "family"), [("fsdp2", "t5"), ("zero3", "llama")])
+def test_a_student_answers_and_learns_while_it_is_in_pieces(profile, family, rehearsed, models, assets, tmp_path):
+    options = {
+        "teacher_name_or_path": models / family, "dataset_name": assets.data, "max_steps": 4, "logging_steps": 1,
+        "per_device_train_batch_size": 4, "max_train_samples": 16, "max_new_tokens": 6, "max_target_length": 16,
+        "on_policy_share": 0.5, "hidden_weight": 0.1, "sequence_level": True, "output_dir": tmp_path / "out",
+    }  # fmt: skip
+    report = rehearsed(profile, "compress/distill", options)
+    assert report.equal, report.largest_difference
+    assert len(report.losses) == 4
+    assert all(held(record) <= SHARE * held(report.one_rank) for record in report.per_rank)
+    assert verify(tmp_path / "out") == []
 
 
 @pytest.mark.slow

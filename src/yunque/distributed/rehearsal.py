@@ -114,28 +114,6 @@ def _record(folder: Path, stack: ExitStack) -> None:
 
     stack.callback(write)
     stack.enter_context(meter)
-    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        leave_fused_losses_alone()
-
-
-def leave_fused_losses_alone() -> None:
-    """Count nothing that TRL's fused loss saves: it asks ZeRO-3 for the head's weight, which hooks turn into a copy."""
-    from torch._C import _autograd
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-    apply = ChunkedLogProbFunction.apply
-
-    def uncounted(*args: Any) -> Any:
-        hooks = _autograd._top_saved_tensors_default_hooks(False)
-        if hooks is None:
-            return apply(*args)
-        _autograd._pop_saved_tensors_default_hooks()
-        try:
-            return apply(*args)
-        finally:
-            _autograd._push_saved_tensors_default_hooks(*hooks)
-
-    ChunkedLogProbFunction.apply = uncounted  # type: ignore[method-assign]
 
 
 def _drop_dropout() -> None:

@@ -51,7 +51,7 @@ def main() -> None:
     # ---- model ----
     use_embedded((model_args, "model_name_or_path"), (data_args, "dataset_name"))
     parents = [model_args.model_name_or_path or ""]
-    check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=False, inputs=parents)
+    check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=args.resume, inputs=parents)
     config = {name: value for group in groups for name, value in asdict(group).items()}
     tokenizer = load_tokenizer(model_args)
     model = merge_loaded_adapter(load_model(model_args, tokenizer))
@@ -76,7 +76,7 @@ def main() -> None:
     pruned = prune(model, args, batches)
 
     # ---- save ----
-    prepare_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=False)
+    prepare_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=args.resume)
     folder = Path(args.output_dir)
     save_model_folder(
         folder,

@@ -101,7 +101,7 @@ def test_a_failing_write_changes_nothing(tmp_path, exception):
 def test_manifest_comes_last_and_the_former_one_goes_first(tmp_path, monkeypatch):
     save(tmp_path)
     events = []
-    replace, fsync = os.replace, artifacts._fsync
+    replace, fsync = os.replace, artifacts.fsync
 
     def note_replace(source, target):
         events.append(Path(target).name)
@@ -113,7 +113,7 @@ def test_manifest_comes_last_and_the_former_one_goes_first(tmp_path, monkeypatch
         fsync(path)
 
     monkeypatch.setattr(os, "replace", note_replace)
-    monkeypatch.setattr(artifacts, "_fsync", note_fsync)
+    monkeypatch.setattr(artifacts, "fsync", note_fsync)
     save(tmp_path)
     top = f"fsync {tmp_path.name}"
     renames = [event for event in events if not event.startswith("fsync")]

@@ -228,8 +228,8 @@ def test_minibatches_hold_rows_of_similar_length_unless_told_otherwise(trainer_o
     for grouped in (True, False):
         trainer = trainer_of("t5", group_by_length=grouped)
         seen[grouped] = []
-        backward = trainer._backward
-        trainer._backward = lambda *args, seen=seen[grouped], go=backward: (seen.append(set(args[3])), go(*args))[1]
+        loss = trainer._loss
+        trainer._loss = lambda *args, seen=seen[grouped], go=loss: (seen.append(set(args[3])), go(*args))[1]
         for _ in range(6):
             trainer.step(QUERIES, RESPONSES, SCORES)
     # lengths 8, 5, 7, 9: the two short ones and the two long ones, in either order

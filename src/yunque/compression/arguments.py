@@ -168,6 +168,9 @@ class PruningArguments:
     max_target_length: int = field(default=128, metadata={"help": "Cut their answers to this many tokens."})
     output_dir: str = field(default="outputs/pruned", metadata={"help": "Folder for the pruned model."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a former run in output_dir."})
+    resume: bool = field(
+        default=False, metadata={"help": "Start again after a stop: nothing had been written, all is made anew."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of phrasings, where the prompts have several."})
 
     @property

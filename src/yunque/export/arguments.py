@@ -22,6 +22,9 @@ class ExportArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes from the hub."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder to write."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished folder."})
+    resume: bool = field(
+        default=False, metadata={"help": "Start again after a stop: nothing had been written, all is made anew."}
+    )
     optimum_layout: bool = field(
         default=False,
         metadata={"help": "Not available yet: the files that optimum-onnx loads, instead of our runtime's."},

@@ -28,7 +28,7 @@ def export(args: ExportArguments) -> artifacts.Manifest:
         CheckFailed: the exported model answers differently; nothing is left behind.
     """
     name, folder = str(args.model_name_or_path), str(args.output_dir)
-    artifacts.check_output_dir(folder, overwrite=args.overwrite_output_dir, resume=False, inputs=[name])
+    artifacts.check_output_dir(folder, overwrite=args.overwrite_output_dir, resume=args.resume, inputs=[name])
     source = load_source(name, args.model_revision, args.trust_remote_code)
     prompts, origin = find_prompts(
         source, args.parity_dataset, args.parity_split, args.parity_text_column, args.parity_prompts

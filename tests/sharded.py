@@ -20,7 +20,7 @@ from yunque.distributed.accounting import Meter
 from yunque.distributed.layouts import data_ranks
 from yunque.distributed.saving import gathered_weights
 from yunque.distributed.start import split_while_loading, start_run
-from yunque.distributed.supervised import SupervisedArguments, fit, trainer_arguments
+from yunque.distributed.supervised import SupervisedArguments, claim_output_dir, fit, trainer_arguments
 from yunque.models.arguments import ModelArguments, PromptTuningArguments
 from yunque.models.loading import load_model, load_tokenizer, save_model
 
@@ -76,6 +76,7 @@ def train(cell, folder, results, ranks):
     tokenizer = load_tokenizer(model_args)
     set_seed(0)
     model = load_model(model_args, tokenizer, prompt)
+    claim_output_dir(args)  # as recipes do: no rank writes before all have looked
     trainer = trainer_of(model, tokenizer, args)
     fit(trainer, args)
     weights = gathered_weights(trainer.accelerator, model, trainer.model_wrapped)

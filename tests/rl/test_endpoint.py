@@ -80,12 +80,12 @@ def test_a_time_out_is_tried_again(server, endpoint):
 
 @pytest.mark.parametrize(
     ("trouble", "words"),
-    [("500", "HTTP 500"), ("hang", "no answer in 0.1 s"), ("garbage", "not json"), ("429", "HTTP 429")],
+    [("500", "HTTP 500"), ("hang", "no answer in 0.5 s"), ("garbage", "not json"), ("429", "HTTP 429")],
 )
 def test_what_does_not_pass_stops_the_run_with_one_line(server, endpoint, trouble, words):
     server.always = trouble
     with pytest.raises(Stopped, match=words) as error:
-        texts(endpoint(max_retries=1, request_timeout_s=0.1), REQUESTS[:1])
+        texts(endpoint(max_retries=1, request_timeout_s=0.5), REQUESTS[:1])
     assert "generator_url" in str(error.value)
     assert "failed 2 times" in str(error.value)
     assert "--resume" in str(error.value)

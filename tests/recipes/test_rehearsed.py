@@ -25,6 +25,9 @@ OUTPUT_TOLERANCE = 0.1
 """Distance of logits from those of the model that one rank trained, relative to their size: both computed in bfloat16,
 and Adam turns small gradients into whole steps."""
 
+OWN_ANSWERS = 0.05
+"""Relative difference of losses on answers that a student has sampled: other ranks sample other ones."""
+
 LORA = {"use_peft": True, "lora_r": 4}
 
 
@@ -124,7 +127,7 @@ def test_a_student_answers_and_learns_while_it_is_in_pieces(profile, family, reh
         "on_policy_share": 0.5, "hidden_weight": 0.1, "sequence_level": True, "output_dir": tmp_path / "out",
     }  # fmt: skip
     report = rehearsed(profile, "compress/distill", options)
-    assert report.equal, report.largest_difference
+    assert report.largest_difference < OWN_ANSWERS, report.losses
     assert len(report.losses) == 4
     assert all(held(record) <= SHARE * held(report.one_rank) for record in report.per_rank)
     assert verify(tmp_path / "out") == []
@@ -147,10 +150,10 @@ def test_dpo_of_all_weights_scores_its_reference_first(profile, rehearsed, model
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("profile", ["fsdp2", "zero3"])
-def test_a_reward_model_is_trained_and_merged_from_shards(profile, rehearsed, models, tmp_path):
+@pytest.mark.parametrize(("profile", "method"), [("fsdp2", LORA), ("zero3", {})])
+def test_a_reward_model_is_trained_and_saved_from_shards(profile, method, rehearsed, models, tmp_path):
     data = pairs.write_pairs(tmp_path / "pairs")
-    options = LORA | {
+    options = method | {
         "model_name_or_path": models / "llama", "dataset_name": data, "max_steps": 2, "logging_steps": 1,
         "per_device_train_batch_size": 2, "learning_rate": 1e-2, "max_length": 32, "output_dir": tmp_path / "out",
     }  # fmt: skip
@@ -173,7 +176,8 @@ def test_an_adapter_is_merged_from_shards(profile, rehearsed, models, assets, tm
     assert verify(tmp_path / "out") == []
     weights = load_model(ModelArguments(model_name_or_path=str(tmp_path / "out")), tiny.tokenizer()).state_dict()
     start = load_model(ModelArguments(model_name_or_path=str(models / "llama")), tiny.tokenizer()).state_dict()
-    moved = {name for name in start if not torch.equal(weights[name].float(), start[name].float())}
+    # in bfloat16, which ZeRO-3 keeps its weights in
+    moved = {name for name in start if not torch.equal(weights[name].bfloat16(), start[name].bfloat16())}
     assert moved >= {"model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.v_proj.weight"}
     assert "model.embed_tokens.weight" not in moved
 

@@ -31,6 +31,9 @@ _ALL_WEIGHTS: tuple[Weights, ...] = ("full", "lora", "qlora", "prompt_tuning")
 
 REFUSALS = (
     Refusal(_ZERO3, _ALL_TASKS, ("qlora",), "ZeRO-3 cannot split nf4 weights; take fsdp2"),
+    Refusal(
+        _ZERO3, ("reward",), ("lora",), "ZeRO-3 wants one type of all that trains, LoRA and head have two; take fsdp2"
+    ),
     Refusal(_TENSOR_PARALLEL, _ALL_TASKS, ("qlora",), "nf4 layers have no tensor parallelism; take fsdp2"),
     Refusal(_TENSOR_PARALLEL, _ALL_TASKS, ("prompt_tuning",), "virtual tokens have no plan to split them; take fsdp2"),
     Refusal(_TENSOR_PARALLEL, ("reward",), _ALL_WEIGHTS, "classification heads have no plan to split them; take fsdp2"),

@@ -197,7 +197,8 @@ def test_five_faults_lose_nothing(cluster, submit, ended, arguments, tmp_path):
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "5"), output(tmp_path)
     assert outcome(hit) == outcome(calm)
     for start, step in enumerate(faults.hit_at):
-        assert faults.lowest[start + 1] >= step // SAVE_STEPS * SAVE_STEPS
+        # one interval at most: the save of the last step that asks for one may still have been on its way
+        assert faults.lowest[start + 1] >= step - SAVE_STEPS
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from yunque.data.targets import IGNORED
 from yunque.distributed.trainers import LengthGrouping
 from yunque.errors import InputError
 from yunque.models.adapter import ModelAdapter
+from yunque.models.policy import eval_mode
 
 PARTS = ("soft", "hard", "hidden", "alignment")
 
@@ -172,10 +173,8 @@ class DistillationTrainer(LengthGrouping):
         prompts = prompts_of(inputs, encoded=self.adapter.config.is_encoder_decoder)
         options = {"do_sample": True, "temperature": self.losses.on_policy_temperature, "top_k": 0}
         inner = self.accelerator.unwrap_model(model)
-        was_training = inner.training
-        inner.eval()
-        answers = answers_of(inner, self.adapter, prompts, self.losses.max_new_tokens, self.args.device, **options)
-        inner.train(was_training)
+        with eval_mode(inner):
+            answers = answers_of(inner, self.adapter, prompts, self.losses.max_new_tokens, self.args.device, **options)
         return self.collate([labelled_row(self.adapter, *row) for row in zip(prompts, answers, strict=True)])
 
     def _add_up(self, parts: Mapping[str, Tensor]) -> None:

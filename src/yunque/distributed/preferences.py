@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ import datasets
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
 from yunque.distributed.resumable import ResumableTrainer
 from yunque.distributed.trainers import LengthGroupedSampler
 from yunque.models.adapter import ModelAdapter
-from yunque.models.policy import Policy, Reference, disable_dropout, score_tokens
+from yunque.models.policy import Policy, Reference, disable_dropout, eval_mode, score_tokens
 from yunque.models.preference_losses import Objective, PairLosses, PairScores
 from yunque.models.preference_pairs import REFERENCE, PairCollator, answer_tokens, scoring_batch
 
@@ -111,7 +110,7 @@ class PreferenceTrainer(ResumableTrainer):
         model: Any = self.model_wrapped if self.state.global_step else self.model
         parts = []
         known, self.collator.reference = self.collator.reference, None  # of the train rows
-        with _evaluating(model):
+        with eval_mode(model):
             for batch in self.get_test_dataloader(rows):
                 scores = self._pair_scores(model, self._prepare_inputs(batch))
                 scores_B2 = torch.stack([scores.chosen_B, scores.rejected_B], dim=1)
@@ -164,7 +163,7 @@ class PreferenceTrainer(ResumableTrainer):
             chosen_B, rejected_B = inputs[REFERENCE].unbind(dim=1)
             return PairScores(chosen_B, rejected_B, *answer_tokens(inputs))
         assert self.reference is not None, "keep_reference or precompute_reference comes before training"
-        with torch.no_grad(), self.reference.model() as model, _evaluating(model):
+        with torch.no_grad(), self.reference.model() as model, eval_mode(model):
             return self._pair_scores(model, inputs)
 
     def _add_up(self, policy: PairScores, found: PairLosses) -> None:
@@ -182,13 +181,3 @@ class PreferenceTrainer(ResumableTrainer):
         lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in columns]
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroupedSampler(lengths, batch_size, self.args.seed)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -19,7 +19,7 @@ from yunque.models.adapter import ModelAdapter
 from yunque.models.arguments import GenerationArguments
 from yunque.models.decoding import decoder_for
 from yunque.models.merging import merged_adapters
-from yunque.models.policy import ValueHead
+from yunque.models.policy import ValueHead, eval_mode
 
 _CHECK_EVERY_TOKENS = 8
 """Between two looks at which sequences have ended: each look waits for the device."""
@@ -71,13 +71,8 @@ def generate(
     limits = [int(stream.integers(low, options.max_new_tokens + 1)) for stream in streams]
     uniforms = np.stack([stream.random(options.max_new_tokens) for stream in streams])
     sampler = _Sampler(options, adapter.eos_ids, torch.as_tensor(uniforms, device=device))
-    was_training = model.training
-    model.eval()
-    try:
-        with merged_adapters(model):
-            records = _decode(model, adapter, queries, limits, sampler, value_head, device)
-    finally:
-        model.train(was_training)
+    with eval_mode(model), merged_adapters(model):
+        records = _decode(model, adapter, queries, limits, sampler, value_head, device)
     exact = next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
     return [_cut(row, limit, adapter.eos_ids, exact) for row, limit in zip(records, limits, strict=True)]
 

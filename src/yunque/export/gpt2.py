@@ -1,19 +1,17 @@
-"""GPT-2 as one decoder graph."""
+"""GPT-2 as a decoder."""
 
 from __future__ import annotations
 
 from yunque.export.decoder import Decoder, Heads
 from yunque.export.graph import Config, Graph, State
-from yunque.export.weights import WeightFile
 
 EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"
 
 
-def graphs(config: Config, state: State, weights: WeightFile, tied: bool) -> dict[str, Graph]:
-    """The decoder graph; ``tied`` says that the head is the embedding."""
-    graph = Graph("decoder", weights)
-    decoder = Decoder(graph)
+def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:
+    """Everything from tokens to logits; ``tied`` says that the head is the embedding."""
+    graph = decoder.graph
     places = "transformer.wpe.weight"
     residual = graph.op(
         "Add", decoder.embed(EMBEDDING, state[EMBEDDING]), decoder.embed(places, state[places], decoder.positions)
@@ -36,7 +34,6 @@ def graphs(config: Config, state: State, weights: WeightFile, tied: bool) -> dic
         branch = _product(graph, state, inner, f"{name}.mlp.c_proj")
     hidden, _ = norm(residual, branch, "transformer.ln_f")
     decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD)
-    return {"decoder": graph}
 
 
 class _Norms:

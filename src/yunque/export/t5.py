@@ -1,4 +1,4 @@
-"""T5 and FLAN-T5 (gated or not, head tied or not) as an encoder and a decoder graph."""
+"""T5 and FLAN-T5 (gated or not, head tied or not) as an encoder and a decoder."""
 
 from __future__ import annotations
 
@@ -6,21 +6,15 @@ import numpy as np
 import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from yunque.export.decoder import Decoder, Heads, cross_keys_and_values, encoder_attention
+from yunque.export.decoder import Decoder, Heads, encoder_attention
 from yunque.export.graph import Array, Config, Graph, State, fused, transposed
-from yunque.export.weights import WeightFile
 
 EMBEDDING = "shared.weight"
 HEAD = "lm_head.weight"
 
 
-def graphs(config: Config, state: State, weights: WeightFile, tied: bool) -> dict[str, Graph]:
-    """The encoder and decoder graphs; ``tied`` says that the head is the embedding."""
-    return {"encoder": _encoder(config, state, weights), "decoder": _decoder(config, state, weights, tied)}
-
-
-def _encoder(config: Config, state: State, weights: WeightFile) -> Graph:
-    graph = Graph("encoder", weights)
+def encode(graph: Graph, config: Config, state: State) -> str:
+    """The encoder's hidden states."""
     ids = graph.input("input_ids", "int64", ("rows", "source"))
     mask = graph.op("Cast", graph.input("attention_mask", "int64", ("rows", "source")), to=6)  # int32
     hidden = graph.op("Gather", graph.weight(EMBEDDING, state[EMBEDDING]), ids, axis=0)
@@ -37,18 +31,25 @@ def _encoder(config: Config, state: State, weights: WeightFile) -> Graph:
         branch = graph.linear(mixed, f"{attention}.o", transposed(state[f"{attention}.o.weight"]))
         normed, hidden = sublayers(hidden, branch, f"{name}.1.layer_norm.weight", state)
         branch = _feed_forward(graph, config, state, f"{name}.1.DenseReluDense", normed)
-    hidden, _ = sublayers(hidden, branch, "encoder.final_layer_norm.weight", state)
-    for layer in range(config.num_decoder_layers):
-        name = f"decoder.block.{layer}.layer.1.EncDecAttention"
-        both = graph.linear(hidden, f"{name}.kv", fused(state, f"{name}.k.weight", f"{name}.v.weight"))
-        cross_keys_and_values(graph, layer, _heads(config, state, name), both)
-    return graph
+    return sublayers(hidden, branch, "encoder.final_layer_norm.weight", state)[0]
 
 
-def _decoder(config: Config, state: State, weights: WeightFile, tied: bool) -> Graph:
-    graph = Graph("decoder", weights)
-    decoder = Decoder(graph)
-    cross_bias = graph.input("cross_bias", "float32", ("rows", 1, 1, "source"))
+def cross(graph: Graph, config: Config, state: State, hidden: str) -> list[tuple[str, Heads]]:
+    """Keys and values of every decoder layer, side by side, from the encoder's hidden states."""
+    names = [f"decoder.block.{layer}.layer.1.EncDecAttention" for layer in range(config.num_decoder_layers)]
+    return [
+        (
+            graph.linear(hidden, f"{name}.kv", fused(state, f"{name}.k.weight", f"{name}.v.weight")),
+            _heads(config, state, name),
+        )
+        for name in names
+    ]
+
+
+def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:
+    """Everything from tokens to logits; ``tied`` says that the head is the embedding."""
+    graph = decoder.graph
+    cross_bias = decoder.cross_bias()
     hidden = decoder.embed(EMBEDDING, state[EMBEDDING])
     bias = _decoder_bias(decoder, config, state)
     branch, sublayers = "", _Norms(graph, config.layer_norm_epsilon)
@@ -69,7 +70,6 @@ def _decoder(config: Config, state: State, weights: WeightFile, tied: bool) -> G
     hidden, _ = sublayers(hidden, branch, "decoder.final_layer_norm.weight", state)
     scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
     decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD, scale=scale)
-    return graph
 
 
 class _Norms:

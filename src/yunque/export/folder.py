@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import onnx
+from numpy.typing import NDArray
 
 from yunque import artifacts
+from yunque.compression.schemes import PrecisionPlan
 from yunque.errors import InputError
 from yunque.export.arguments import ExportArguments
 from yunque.export.parity import check_parity, find_prompts
+from yunque.export.quantized import Precision, Written
 from yunque.export.source import Source, load_source
 from yunque.export.weights import WeightFile
 from yunque.runtime.spec import ModelSpec
@@ -56,10 +59,20 @@ def export(args: ExportArguments) -> artifacts.Manifest:
     )
 
 
-def write_folder(source: Source, folder: Path) -> None:
-    """Write graphs, weights, ``runtime.json``, configuration and tokenizer of ``source`` into ``folder``."""
+def write_folder(
+    source: Source,
+    folder: Path,
+    precision: PrecisionPlan | None = None,
+    importance: Mapping[str, NDArray[Any]] | None = None,
+) -> list[Written]:
+    """Write graphs, weights, ``runtime.json``, configuration and tokenizer of ``source`` into ``folder``.
+
+    Layers are float32 unless ``precision`` says otherwise; ``importance`` is the mean square [in] of their inputs.
+    Returns what became of each.
+    """
+    progress = Precision(precision or PrecisionPlan(), importance or {})
     with WeightFile(folder) as weights:
-        graphs = source.graphs(weights)
+        graphs = source.graphs(weights, progress)
         files = {}
         for name, graph in graphs.items():
             files[name] = f"{name}.onnx"
@@ -69,6 +82,7 @@ def write_folder(source: Source, folder: Path) -> None:
     if source.kind != "classifier":
         source.model.generation_config.save_pretrained(folder)
     source.tokenizer.save_pretrained(folder)
+    return list(progress.written.values())
 
 
 def specification(source: Source, files: dict[str, str]) -> ModelSpec:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from yunque.errors import InputError
 from yunque.export.decoder import Decoder, Heads, Rotary
 from yunque.export.graph import Config, Graph, State, fused, fused_bias, transposed
+from yunque.export.quantized import Precision
 from yunque.export.weights import WeightFile
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -16,16 +17,19 @@ _FUSED_ROTARY_MULTIPLE = 16
 """Head sizes the rotary part of the attention kernel takes."""
 
 
-def graphs(config: Config, state: State, weights: WeightFile, tied: bool, model: PreTrainedModel) -> dict[str, Graph]:
+def graphs(
+    config: Config, state: State, weights: WeightFile, precision: Precision, tied: bool, model: PreTrainedModel
+) -> dict[str, Graph]:
     """The decoder graph; ``tied`` says that the head is the embedding.
 
     Raises:
         InputError: rotary embeddings that change with the length of the text, heads of an odd size.
     """
-    graph = Graph("decoder", weights)
+    graph = Graph("decoder", weights, precision)
     decoder = Decoder(graph)
     rotary = _rotary(config, model)
-    residual, branch = decoder.embed(EMBEDDING, state[EMBEDDING]), ""
+    residual = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], HEAD if tied else "")
+    branch = ""
     for layer in range(config.num_hidden_layers):
         name = f"model.layers.{layer}"
         gain = f"{name}.input_layernorm.weight"
@@ -68,7 +72,7 @@ def _attention(
         queries, keys = (_rotate(decoder, rotary, part, size) for part in (queries, keys))
         mixed = decoder.cached_attention(queries, layer, heads, keys=keys, values=values, **options)
     bias = state.get(f"{name}.o_proj.bias")
-    return graph.linear(mixed, f"{name}.o_proj", transposed(state[f"{name}.o_proj.weight"]), bias)
+    return graph.linear(mixed, f"{name}.o_proj", transposed(state, f"{name}.o_proj.weight"), bias)
 
 
 def _norm_heads(graph: Graph, config: Config, state: State, name: str, value: str, size: int) -> str:
@@ -101,7 +105,7 @@ def _feed_forward(graph: Graph, config: Config, state: State, name: str, value: 
     opened, lifted = graph.split(both, [state[weight].shape[0] for weight in weights], axis=-1)
     inner = graph.op("Mul", graph.activation(opened, config.hidden_act), lifted)
     bias = state.get(f"{name}.down_proj.bias")
-    return graph.linear(inner, f"{name}.down_proj", transposed(state[f"{name}.down_proj.weight"]), bias)
+    return graph.linear(inner, f"{name}.down_proj", transposed(state, f"{name}.down_proj.weight"), bias)
 
 
 def _window(config: Config, layer: int) -> int:

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from yunque.errors import InputError
 from yunque.export.graph import ACTIVATIONS, Config, Graph
+from yunque.export.quantized import Precision
 from yunque.export.weights import WeightFile
 from yunque.models.arguments import ModelArguments
 from yunque.models.loading import adapter_config, load_base, load_classifier, load_config
@@ -53,8 +54,8 @@ class Source:
         """The weights by name, without a copy."""
         return {name: tensor.detach().numpy() for name, tensor in self.model.state_dict().items()}
 
-    def graphs(self, weights: WeightFile) -> dict[str, Graph]:
-        """Write the model's graphs, its weights into ``weights``.
+    def graphs(self, weights: WeightFile, precision: Precision | None = None) -> dict[str, Graph]:
+        """Write the model's graphs, its weights into ``weights``, in float32 unless ``precision`` says otherwise.
 
         Raises:
             InputError: an activation or another choice of the configuration that the graphs cannot express.
@@ -64,15 +65,15 @@ class Source:
             if activation not in ACTIVATIONS:
                 known = ", ".join(sorted(ACTIVATIONS))
                 raise InputError(f"model_name_or_path: activation {activation} cannot be exported; {known} can")
-        state = self.state()
+        state, precision = self.state(), precision or Precision()
         if self.kind == "classifier":
             from yunque.export import classifiers
 
-            return classifiers.graphs(self.config, state, weights)
+            return classifiers.graphs(self.config, state, weights, precision)
         family = importlib.import_module(f"yunque.export.{_LANGUAGE_FAMILIES[self.config.model_type][1]}")
         tied = _address(self.model.get_output_embeddings()) == _address(self.model.get_input_embeddings())
         options: Mapping[str, Any] = {"model": self.model} if family.__name__.endswith(".llama") else {}
-        graphs: dict[str, Graph] = family.graphs(self.config, state, weights, tied, **options)
+        graphs: dict[str, Graph] = family.graphs(self.config, state, weights, precision, tied, **options)
         return graphs
 
 

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from yunque.compression.schemes import LayerScheme
 
-Rounding = Callable[[np.ndarray, LayerScheme], np.ndarray]
-"""A weight [in, out] and its scheme -> the numbers that the kernel computes with."""
+Rounding = Callable[[str, np.ndarray, LayerScheme], np.ndarray]
+"""A layer's name, weight [in, out] and scheme -> the numbers that the kernel computes with."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _round_weights(model: nn.Module, target: Target, scheme: LayerScheme, roundi
     turned = [isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) for name in target.parameters]
     parts = [weight if as_is else weight.T for weight, as_is in zip(weights, turned, strict=True)]
     together = torch.cat([part.float() for part in parts], dim=1).cpu().numpy()
-    rounded = torch.from_numpy(np.ascontiguousarray(rounding(together, scheme)))
+    rounded = torch.from_numpy(np.ascontiguousarray(rounding(target.name, together, scheme)))
     widths = [part.shape[1] for part in parts]
     for weight, as_is, values in zip(weights, turned, rounded.split(widths, dim=1), strict=True):
         weight.copy_(values if as_is else values.T)

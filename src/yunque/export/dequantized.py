@@ -134,9 +134,9 @@ def _pack_blocks(blocks: Floats, importance: Floats, bits: int) -> tuple[Array, 
     for shrink in _SHRINKS if bits == 4 else ():
         scales = _or_one(widest * np.float32(shrink))
         values = _rounded(blocks, scales, middle)
-        errors = np.square(values * scales[..., None] - blocks) @ importance[..., None]
-        better = errors[..., 0] < best_errors
-        best_errors = np.where(better, errors[..., 0], best_errors)
+        errors = np.einsum("obi,bi->ob", np.square(values * scales[..., None] - blocks), importance)
+        better = errors < best_errors
+        best_errors = np.where(better, errors, best_errors)
         best_scales = np.where(better, scales, best_scales)
     best_scales = _or_one(best_scales)
     values = (_rounded(blocks, best_scales, middle) + middle).astype(np.uint8)

@@ -165,9 +165,7 @@ class _NoChecksLeft(Exception):
 class _Judge:
     """The check, asked once for each plan and at most ``most_checks`` times (the cheapest and the safest always)."""
 
-    def __init__(
-        self, units: Sequence[Unit], check: Callable[[Choices], tuple[bool, float]], most_checks: int
-    ) -> None:
+    def __init__(self, units: Sequence[Unit], check: Callable[[Choices], tuple[bool, float]], most_checks: int) -> None:
         self.units, self.check, self.most_checks = units, check, max(2, most_checks)
         self.known: dict[Choices, Judged] = {}
 

@@ -108,7 +108,9 @@ class Meter:
             nll=_nll(before, after, self.probe.texts.references),
             kl=_change(after.kl[~np.isnan(after.kl)]),
             expected={name: _change(expected_changes(log_ratios, of)) for name, of in self.sampled_scores.items()},
-            first_order={name: _change(first_order_changes(log_ratios, of)) for name, of in self.sampled_scores.items()},
+            first_order={
+                name: _change(first_order_changes(log_ratios, of)) for name, of in self.sampled_scores.items()
+            },
             effective_share=effective_share(log_ratios),
             changed=len(changed) / len(after.kept),
             greedy={name: _change(values) for name, values in greedy.items()},

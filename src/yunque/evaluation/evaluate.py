@@ -267,7 +267,7 @@ def _run_batches(
     accelerator.wait_for_everyone()  # before any rank writes what another would take for done
     share = row_share(work.batches, done, accelerator.process_index, accelerator.num_processes)
     with progress.writer(accelerator.process_index) as file:
-        for number in _shown(share, name, len(done), accelerator.is_main_process):
+        for number in _shown(share, name, len(done), not work.console.quiet):
             if signal.noted:
                 break
             file.append({"batch": number, **record(number)})

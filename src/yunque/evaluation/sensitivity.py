@@ -47,7 +47,11 @@ def torch_generator(source: Source, device: torch.device) -> TorchGenerator:
 
 
 def build_meter(
-    source: Source, prompts: EvaluationPrompts, judge: ToxicityJudge | None, settings: MeterSettings, device: torch.device
+    source: Source,
+    prompts: EvaluationPrompts,
+    judge: ToxicityJudge | None,
+    settings: MeterSettings,
+    device: torch.device,
 ) -> Meter:
     """Let the model answer ``prompts``, greedily and several times by sampling, and prepare to measure damages.
 

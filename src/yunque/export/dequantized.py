@@ -139,8 +139,8 @@ def _pack_blocks(blocks: Floats, importance: Floats, bits: int) -> tuple[Array, 
         best_errors = np.where(better, errors, best_errors)
         best_scales = np.where(better, scales, best_scales)
     best_scales = _or_one(best_scales)
-    values = (_rounded(blocks, best_scales, middle) + middle).astype(np.uint8)
-    return (values if bits == 8 else values[..., 0::2] | values[..., 1::2] << 4), best_scales
+    whole = (_rounded(blocks, best_scales, middle) + middle).astype(np.uint8)
+    return (whole if bits == 8 else whole[..., 0::2] | whole[..., 1::2] << 4), best_scales
 
 
 def _rounded(blocks: Floats, scales: Floats, middle: int) -> Floats:

@@ -1,22 +1,19 @@
-"""GPT-2 as one decoder graph."""
+"""GPT-2 as a decoder."""
 
 from __future__ import annotations
 
 from yunque.export.decoder import Decoder, Heads
 from yunque.export.graph import Config, Graph, State, untransposed
-from yunque.export.quantized import Precision
-from yunque.export.weights import WeightFile
 
 EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"
 
 
-def graphs(config: Config, state: State, weights: WeightFile, precision: Precision, tied: bool) -> dict[str, Graph]:
-    """The decoder graph; ``tied`` says that the head is the embedding."""
-    graph = Graph("decoder", weights, precision)
-    decoder = Decoder(graph)
-    found = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], HEAD if tied else "")
+def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:
+    """Everything from tokens to logits; ``tied`` says that the head is the embedding."""
+    graph = decoder.graph
     places = "transformer.wpe.weight"
+    found = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], HEAD if tied else "")
     placed = graph.op("Gather", graph.weight(places, state[places]), decoder.positions, axis=0)
     residual = graph.op("Add", found, placed)
     norm = _Norms(graph, config, state)
@@ -37,7 +34,6 @@ def graphs(config: Config, state: State, weights: WeightFile, precision: Precisi
         branch = _product(graph, state, inner, f"{name}.mlp.c_proj")
     hidden, _ = norm(residual, branch, "transformer.ln_f")
     decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD)
-    return {"decoder": graph}
 
 
 class _Norms:

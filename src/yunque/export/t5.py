@@ -1,4 +1,4 @@
-"""T5 and FLAN-T5 (gated or not, head tied or not) as an encoder and a decoder graph."""
+"""T5 and FLAN-T5 (gated or not, head tied or not) as an encoder and a decoder."""
 
 from __future__ import annotations
 
@@ -6,28 +6,18 @@ import numpy as np
 import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from yunque.export.decoder import Decoder, Heads, cross_keys_and_values, encoder_attention
+from yunque.export.decoder import Decoder, Heads, encoder_attention
 from yunque.export.graph import Array, Config, Graph, State, fused, transposed
-from yunque.export.quantized import Precision
-from yunque.export.weights import WeightFile
 
 EMBEDDING = "shared.weight"
 HEAD = "lm_head.weight"
 
 
-def graphs(config: Config, state: State, weights: WeightFile, precision: Precision, tied: bool) -> dict[str, Graph]:
-    """The encoder and decoder graphs; ``tied`` says that the head is the embedding."""
-    encoder, decoder = (Graph(name, weights, precision) for name in ("encoder", "decoder"))
-    tied_to = HEAD if tied else ""
-    _write_encoder(encoder, config, state, tied_to)
-    _write_decoder(decoder, config, state, tied_to)
-    return {"encoder": encoder, "decoder": decoder}
-
-
-def _write_encoder(graph: Graph, config: Config, state: State, tied_to: str) -> None:
+def encode(graph: Graph, config: Config, state: State, tied: bool) -> str:
+    """The encoder's hidden states; ``tied`` says that the decoder's head is the embedding."""
     ids = graph.input("input_ids", "int64", ("rows", "source"))
     mask = graph.op("Cast", graph.input("attention_mask", "int64", ("rows", "source")), to=6)  # int32
-    hidden = graph.embedding(ids, EMBEDDING, state[EMBEDDING], tied_to)
+    hidden = graph.embedding(ids, EMBEDDING, state[EMBEDDING], HEAD if tied else "")
     bias = _encoder_bias(graph, config, state, ids)
     epsilon = config.layer_norm_epsilon
     branch, sublayers = "", _Norms(graph, epsilon)
@@ -41,17 +31,26 @@ def _write_encoder(graph: Graph, config: Config, state: State, tied_to: str) -> 
         branch = graph.linear(mixed, f"{attention}.o", transposed(state, f"{attention}.o.weight"))
         normed, hidden = sublayers(hidden, branch, f"{name}.1.layer_norm.weight", state)
         branch = _feed_forward(graph, config, state, f"{name}.1.DenseReluDense", normed)
-    hidden, _ = sublayers(hidden, branch, "encoder.final_layer_norm.weight", state)
-    for layer in range(config.num_decoder_layers):
-        name = f"decoder.block.{layer}.layer.1.EncDecAttention"
-        both = graph.linear(hidden, f"{name}.kv", fused(state, f"{name}.k.weight", f"{name}.v.weight"))
-        cross_keys_and_values(graph, layer, _heads(config, state, name), both)
+    return sublayers(hidden, branch, "encoder.final_layer_norm.weight", state)[0]
 
 
-def _write_decoder(graph: Graph, config: Config, state: State, tied_to: str) -> None:
-    decoder = Decoder(graph)
-    cross_bias = graph.input("cross_bias", "float32", ("rows", 1, 1, "source"))
-    hidden = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], tied_to)
+def cross(graph: Graph, config: Config, state: State, hidden: str) -> list[tuple[str, Heads]]:
+    """Keys and values of every decoder layer, side by side, from the encoder's hidden states."""
+    names = [f"decoder.block.{layer}.layer.1.EncDecAttention" for layer in range(config.num_decoder_layers)]
+    return [
+        (
+            graph.linear(hidden, f"{name}.kv", fused(state, f"{name}.k.weight", f"{name}.v.weight")),
+            _heads(config, state, name),
+        )
+        for name in names
+    ]
+
+
+def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:
+    """Everything from tokens to logits; ``tied`` says that the head is the embedding."""
+    graph = decoder.graph
+    cross_bias = decoder.cross_bias()
+    hidden = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], HEAD if tied else "")
     bias = _decoder_bias(decoder, config, state)
     branch, sublayers = "", _Norms(graph, config.layer_norm_epsilon)
     for layer in range(config.num_decoder_layers):
@@ -70,7 +69,7 @@ def _write_decoder(graph: Graph, config: Config, state: State, tied_to: str) -> 
         branch = _feed_forward(graph, config, state, f"{name}.2.DenseReluDense", normed)
     hidden, _ = sublayers(hidden, branch, "decoder.final_layer_norm.weight", state)
     scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
-    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied_to else HEAD, scale=scale)
+    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD, scale=scale)
 
 
 class _Norms:

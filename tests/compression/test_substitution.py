@@ -31,11 +31,16 @@ def test_fused_weights_are_rounded_as_one_and_given_back():
     scheme = LayerScheme("int4", 16)
     together = np.concatenate([before[f"{name}.weight"].numpy() for name in QKV], axis=0).T
     wanted = quantize_dequantize(together, scheme).T
-    with pytest.raises(RuntimeError, match="midway"), quantized(model, {target: scheme}, rounding):
-        found = np.concatenate([model.get_parameter(f"{name}.weight").detach().numpy() for name in QKV], axis=0)
-        np.testing.assert_array_equal(found, wanted)
-        assert not torch.allclose(logits(model), whole)
-        raise RuntimeError("midway")
+
+    def stopped_midway():
+        with quantized(model, {target: scheme}, rounding):
+            found = np.concatenate([model.get_parameter(f"{name}.weight").detach().numpy() for name in QKV], axis=0)
+            np.testing.assert_array_equal(found, wanted)
+            assert not torch.allclose(logits(model), whole)
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        stopped_midway()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(logits(model), whole), "no hook is left"
 

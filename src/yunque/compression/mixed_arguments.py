@@ -21,7 +21,7 @@ class KeepGateArguments:
 
     keep_gate: list[str] = field(
         default_factory=list,
-        metadata={"help": "With scheme mixed: gates as of yunque compare, for example 'toxicity<=+0.01'."},
+        metadata={"help": "Of scheme mixed: gates as of yunque compare, for example 'toxicity<=+0.01'."},
     )
     candidates: list[str] = field(
         default_factory=lambda: ["onnx_int4", "onnx_nf4", "onnx_int8_dynamic", "float32"],
@@ -79,8 +79,8 @@ class KeepGateArguments:
         candidate_schemes(self.candidates)
 
 
-def candidate_schemes(names: list[str]) -> dict[str, LayerScheme]:
-    """What each candidate does to a layer.
+def candidate_schemes(names: list[str], *, weights_only: bool = False) -> dict[str, LayerScheme]:
+    """What each candidate does to a layer; ``weights_only`` keeps the inputs float32.
 
     Raises:
         InputError: an unknown scheme, one that needs calibration, a block size that it does not take.
@@ -95,7 +95,7 @@ def candidate_schemes(names: list[str]) -> dict[str, LayerScheme]:
         if scheme not in known or not (size.isdecimal() or "@" not in name):
             raise InputError(f"candidates: {name} is unknown; give {', '.join(known)} or float32, or NAME@BLOCK_SIZE")
         try:
-            found[name] = layer_scheme(scheme, block_size=int(size) if size else None)
+            found[name] = layer_scheme(scheme, block_size=int(size) if size else None, weights_only=weights_only)
         except InputError as error:
             raise InputError(f"candidates: {name}: {error}") from error
     return found

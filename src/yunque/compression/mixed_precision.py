@@ -145,7 +145,7 @@ def cheapest_passing(
     """
     judge = _Judge(units, check, most_checks)
     plans = frontier(units)
-    if judge(plans[0]).passed or not judge((safest := _safest(units))).passed:
+    if judge(plans[0]).passed or not judge(safest := _safest(units)).passed:
         return judge.found(complete=True)
     plans += _ladder(units, plans[-1], safest)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,8 @@ from tqdm.auto import tqdm
 from yunque import artifacts
 from yunque.compression.mixed_arguments import KeepGateArguments, candidate_schemes
 from yunque.compression.mixed_precision import Choice, Choices, Search, Unit, as_schemes, cheapest_passing
-from yunque.compression.schemes import LayerScheme, PrecisionPlan
+from yunque.compression.quantization_arguments import QuantizationArguments
+from yunque.compression.schemes import FLOAT32, LayerScheme, PrecisionPlan
 from yunque.compression.sensitivity import Damage, Measured, Meter, measure
 from yunque.compression.substitution import Target
 from yunque.errors import CheckFailed, InputError
@@ -28,7 +30,7 @@ from yunque.evaluation.sensitivity import MeterSettings, build_meter, targets, t
 from yunque.evaluation.sensitivity_report import plot_sensitivity, sensitivity_table
 from yunque.evaluation.variants import Judgement, Variants, check_measured, plan_key
 from yunque.export.folder import write_folder
-from yunque.export.quantized import applied, quantizable_layers
+from yunque.export.quantized import Layer, applied, quantizable_layers
 from yunque.export.source import Source, load_source
 from yunque.models.embedded import EMBEDDED, ensure_embedded
 
@@ -36,26 +38,14 @@ SEARCH = ".search"
 """Folder of a search that is not finished, inside the output folder."""
 RESULT, PLAN, PLOT = "sensitivity.json", "plan.json", "sensitivity.png"
 _SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Order:
-    """The model, the output folder and the seed."""
-
-    model_name_or_path: str
-    output_dir: str
-    model_revision: str = "main"
-    trust_remote_code: bool = False
-    overwrite_output_dir: bool = False
-    resume: bool = False
-    seed: int = 0
+_TABLE_CHARS = 150  # names of layers are long, and a log has no width
 
 
 @dataclass
 class Work:
     """What the steps share."""
 
-    order: Order
+    order: QuantizationArguments
     args: KeepGateArguments
     gates: list[Gate]
     source: Source
@@ -66,7 +56,7 @@ class Work:
     targets: dict[str, Target]
 
 
-def keep_gate(order: Order, args: KeepGateArguments) -> artifacts.Manifest:
+def keep_gate(order: QuantizationArguments, args: KeepGateArguments) -> artifacts.Manifest:
     """Measure the layers, search the cheapest plan that keeps ``args.keep_gate``, prove it, write it.
 
     Raises:
@@ -95,7 +85,7 @@ def keep_gate(order: Order, args: KeepGateArguments) -> artifacts.Manifest:
 # --- preparation ------------------------------------------------------------------------------------------------------
 
 
-def prepare_work(order: Order, args: KeepGateArguments) -> Work:
+def prepare_work(order: QuantizationArguments, args: KeepGateArguments) -> Work:
     """Check everything that can be before anything slow, and load the model.
 
     Raises:
@@ -111,16 +101,29 @@ def prepare_work(order: Order, args: KeepGateArguments) -> Work:
         raise InputError(f"model_name_or_path: {model} is a classifier, which gives no answers to gate")
     layers = quantizable_layers(source)
     variants = Variants(source, args, gates, folder, order.seed, _dataset(source, args))
-    candidates = candidate_schemes(args.candidates)
-    schemes = {}
-    for layer in layers:
-        plans = {name: PrecisionPlan(default=scheme) for name, scheme in candidates.items()}
-        given = {name: applied(plan, layer) for name, plan in plans.items()}
-        schemes[layer.name] = {name: scheme for name, scheme in given.items() if scheme == candidates[name]} or {
-            "float32": LayerScheme()
-        }
     console = Console(soft_wrap=True)
+    schemes = _schemes(order, args, layers)
     return Work(order, args, gates, source, variants, folder, console, schemes, targets(source, layers))
+
+
+def _schemes(
+    order: QuantizationArguments, args: KeepGateArguments, layers: Sequence[Layer]
+) -> dict[str, dict[str, LayerScheme]]:
+    """What each candidate gives each layer, without those that its kernel cannot compute.
+
+    Raises:
+        InputError: skipped layers that there are not.
+    """
+    candidates = candidate_schemes(args.candidates, weights_only=order.activations == "weights_only")
+    skipped = [] if order.skip_layers is None else [one for one in layers if re.search(order.skip_layers, one.name)]
+    if order.skip_layers is not None and not skipped:
+        raise InputError(f"skip_layers: {order.skip_layers!r} is found in no layer's name")
+    found = {}
+    for layer in layers:
+        given = {name: applied(PrecisionPlan(default=scheme), layer) for name, scheme in candidates.items()}
+        possible = {name: scheme for name, scheme in given.items() if scheme == candidates[name]}
+        found[layer.name] = {"float32": FLOAT32} if layer in skipped or not possible else possible
+    return found
 
 
 def _parsed(text: str) -> Gate:
@@ -130,11 +133,12 @@ def _parsed(text: str) -> Gate:
         raise InputError(str(error).replace("--gate", "keep_gate:", 1)) from error
 
 
-def _embedded(order: Order, args: KeepGateArguments) -> str:
+def _embedded(order: QuantizationArguments, args: KeepGateArguments) -> str:
     """The model's path, with the embedded default in place of its name everywhere."""
-    named = (order.model_name_or_path, args.gate_dataset_name, args.toxicity_model_name_or_path)
+    model = str(order.model_name_or_path)
+    named = (model, args.gate_dataset_name, args.toxicity_model_name_or_path)
     if EMBEDDED not in (*named, args.unaligned_name_or_path):
-        return order.model_name_or_path
+        return model
     embedded = ensure_embedded()
     if args.gate_dataset_name == EMBEDDED:
         args.gate_dataset_name = str(embedded.dataset)
@@ -142,16 +146,16 @@ def _embedded(order: Order, args: KeepGateArguments) -> str:
         args.toxicity_model_name_or_path = str(embedded.reward_model)
     if args.unaligned_name_or_path == EMBEDDED:
         args.unaligned_name_or_path = str(embedded.policy)
-    return str(embedded.policy) if order.model_name_or_path == EMBEDDED else order.model_name_or_path
+    return str(embedded.policy) if model == EMBEDDED else model
 
 
-def _search_folder(order: Order, model: str) -> Path:
+def _search_folder(order: QuantizationArguments, model: str) -> Path:
     """Where the search keeps what is finished.
 
     Raises:
         InputError: as ``artifacts.check_output_dir``; an unfinished search that is neither continued nor replaced.
     """
-    output = Path(order.output_dir)
+    output = Path(str(order.output_dir))
     artifacts.check_output_dir(output, overwrite=order.overwrite_output_dir, resume=order.resume, inputs=[model])
     folder = output / SEARCH
     if folder.exists() and not (order.resume or order.overwrite_output_dir):
@@ -360,7 +364,7 @@ def _report(
     """
     args = work.args
     chosen = {} if plan is None else _names(work, plan)
-    work.console.print(sensitivity_table(measured, chosen))
+    work.console.print(sensitivity_table(measured, chosen), width=max(work.console.width, _TABLE_CHARS), crop=False)
     trace = []
     for one in search.trace:
         tried = plan_of(work, units, one.choices)
@@ -376,7 +380,7 @@ def _report(
         "plan": chosen or None,
         "verdicts": [verdict.as_dict() for verdict in verdicts],
     }
-    for folder in (work.folder, *([] if plan is not None else [Path(work.order.output_dir)])):
+    for folder in (work.folder, *([] if plan is not None else [Path(str(work.order.output_dir))])):
         write_atomically(folder / RESULT, json.dumps(artifacts.jsonable(report), indent=2) + "\n")
         plot_sensitivity(measured, chosen, folder / PLOT)
     return report
@@ -393,7 +397,7 @@ def _save(work: Work, measured: Sequence[Measured], plan: PrecisionPlan, report:
     """Write the ONNX folder with the plan beside it, and remove what the search kept."""
     parent = work.source.name
     known = artifacts.read_manifest(parent) if (Path(parent) / artifacts.MANIFEST).is_file() else None
-    output = Path(work.order.output_dir)
+    output = Path(str(work.order.output_dir))
     num_bytes: list[int] = []
 
     def write(staging: Path) -> None:
@@ -403,7 +407,7 @@ def _save(work: Work, measured: Sequence[Measured], plan: PrecisionPlan, report:
             shutil.copy(work.folder / name, staging / name)
         metrics["layer_bytes"] = num_bytes[0]
 
-    metrics: dict[str, Any] = {"verdicts": report["verdicts"][-1]}
+    metrics: dict[str, Any] = {"verdict": report["verdicts"][-1]}
     manifest = artifacts.save_model_folder(
         output,
         write,

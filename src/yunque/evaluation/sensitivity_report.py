@@ -21,7 +21,7 @@ def sensitivity_table(measured: Sequence[Measured], chosen: Mapping[str, str]) -
 
     metrics = list(measured[0].damage.greedy)
     table = Table(title="Damage of one layer alone (mean ± standard error)", box=box.SIMPLE_HEAD)
-    table.add_column("Layer, scheme")
+    table.add_column("Layer, scheme (*: chosen)", no_wrap=True)
     for header in ("Bytes", "Task loss (nats/token)", "KL (nats/answer)", "Answers changed"):
         table.add_column(header, justify="right")
     for metric in metrics:

@@ -67,6 +67,7 @@ class Variants:
     ) -> None:
         self.source, self.args, self.gates, self.folder = source, args, gates, folder
         self.seed, self.dataset = seed, dataset
+        self.last: Evaluation | None = None  # of the plan that was judged last
 
     def held_out(self, split: str) -> HeldOutArguments:
         """The rows of a split."""
@@ -94,7 +95,7 @@ class Variants:
         if self.args.unaligned_name_or_path is not None:
             base = self._evaluation(_UNALIGNED, self.args.unaligned_name_or_path, split)
         try:
-            candidate = self._candidate(name, plan, split)
+            candidate = self.last = self._candidate(name, plan, split)
         except NoAnswers as error:
             return Judgement(split, False, float("inf"), [], str(error))
         options = Options(resampling=Resampling(confidence=confidence))

@@ -143,7 +143,7 @@ def test_a_killed_search_goes_on_to_the_same_numbers(place, found, monkeypatch):
     with lines.open("a") as file:
         file.write('{"batch": 5, "lay')  # what a kill leaves of a line
     assert not (place / "killed" / "yunque.json").exists()
-    with pytest.raises(InputError, match="unfinished search.*--resume"):
+    with pytest.raises(InputError, match=r"unfinished search.*--resume"):
         search(place, "killed")
     with pytest.raises(InputError, match="sensitivity_prompts"):
         search(place, "killed", resume=True, sensitivity_prompts=25)

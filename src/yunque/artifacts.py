@@ -101,14 +101,14 @@ def save_model_folder(
             parents=[_parent(name) for name in parents],
             base_model=base_model or (_base_model(parents[0]) if parents else None),
             tokenizer_sha256=files["tokenizer.json"]["sha256"] if "tokenizer.json" in files else None,
-            data=_jsonable(data),
+            data=jsonable(data),
             prompt_template=prompt_template,
             seed=seed,
-            config=_jsonable(config or {}),
+            config=jsonable(config or {}),
             versions=provenance.collect_versions(),
             hardware=provenance.collect_hardware(),
             git_commit=provenance.collect_git_commit(),
-            metrics=_jsonable(metrics or {}),
+            metrics=jsonable(metrics or {}),
             files=files,
         )
         # The manifest takes its room on the disk now: from here on there are only renames.
@@ -423,7 +423,7 @@ def _rows(values: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{key:<{width}} {json.dumps(value)}" for key, value in values.items()] or ["-"]
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """``value`` in JSON's own types; numbers that are not finite become null, since JSON knows none."""
     if value is None or isinstance(value, bool | str):
         return value
@@ -432,9 +432,9 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, Real):
         return float(value) if math.isfinite(value) else None
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _jsonable(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: jsonable(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, Sequence | set | frozenset):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     return str(value)

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from yunque.compression.mixed_arguments import MIXED
 from yunque.compression.schemes import SCHEMES, TORCH_SCHEMES, LayerScheme, layer_scheme
 from yunque.errors import InputError
 
@@ -23,7 +24,7 @@ class QuantizationArguments:
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes from the hub."})
-    scheme: str | None = field(default=None, metadata={"help": f"One of {', '.join(SCHEMES)}."})
+    scheme: str | None = field(default=None, metadata={"help": f"One of {', '.join(SCHEMES)}, or {MIXED}."})
     plan: str | None = field(
         default=None, metadata={"help": "JSON file with a scheme for every layer, instead of one for all."}
     )
@@ -100,6 +101,10 @@ class QuantizationArguments:
         if (self.scheme is None) == (self.plan is None):
             given = "is missing" if self.scheme is None else f"{self.scheme} and a plan are two answers"
             raise InputError(f"scheme: {given}; give one of {', '.join(SCHEMES)}, or a --plan")
+        if self.scheme == MIXED:
+            if self.block_size is not None:
+                raise InputError("block_size: candidates of scheme mixed name their own, as onnx_int4@64")
+            return
         if self.scheme is not None and self.scheme not in SCHEMES:
             raise InputError(f"scheme: {self.scheme!r} is unknown; give one of {', '.join(SCHEMES)}")
         if self.block_size is not None and (self.scheme in (*TORCH_SCHEMES, None) or not self.default_layer.block_size):

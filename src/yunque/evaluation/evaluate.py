@@ -60,8 +60,11 @@ def evaluate(
     args: EvaluationArguments,
     *,
     argv: Sequence[str],
+    quiet: bool = False,
 ) -> None:
     """Evaluate ``model`` under every setting of ``decoding``; each leaves evaluation.json and generations.jsonl.
+
+    ``quiet`` prints nothing.
 
     Raises:
         InputError: anything that was asked for and cannot be; nothing half-written remains.
@@ -74,7 +77,7 @@ def evaluate(
         folder.check(args, str(model.model_name_or_path))
     on_gpu = torch.accelerator.is_available()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no")  # the weights' own precision is what is deployed
-    console = Console(quiet=not accelerator.is_main_process, soft_wrap=True)
+    console = Console(quiet=quiet or not accelerator.is_main_process, soft_wrap=True)
     embed(model, data, args)
     judge = judge_of(args)
     generator = load_generator(model.loading(), accelerator.device)
@@ -264,7 +267,7 @@ def _run_batches(
     accelerator.wait_for_everyone()  # before any rank writes what another would take for done
     share = row_share(work.batches, done, accelerator.process_index, accelerator.num_processes)
     with progress.writer(accelerator.process_index) as file:
-        for number in _shown(share, name, len(done), accelerator.is_main_process):
+        for number in _shown(share, name, len(done), not work.console.quiet):
             if signal.noted:
                 break
             file.append({"batch": number, **record(number)})

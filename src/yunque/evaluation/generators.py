@@ -128,7 +128,7 @@ class TorchGenerator:
     ) -> list[ReferenceLoss | None] | None:
         """Loss under teacher forcing, of the tokens that fine-tuning would train on."""
         targets, cut = [], []
-        for query, whole in zip(queries, self._encode(references), strict=True):
+        for query, whole in zip(queries, self.encode_references(references), strict=True):
             limit = self.prompt_limit(1)
             room = limit if self.is_encoder_decoder else limit + 1 - len(query)
             targets.append(whole[: max(room, 0)])
@@ -173,7 +173,7 @@ class TorchGenerator:
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         return DolaModel(base, layers, plain_head=self.lean).eval()
 
-    def _encode(self, references: Sequence[str]) -> list[list[int]]:
+    def encode_references(self, references: Sequence[str]) -> list[list[int]]:
         """Tokens as fine-tuning's labels: an encoder-decoder's tokenizer ends them itself, a decoder's do end."""
         if self.is_encoder_decoder:
             return list(self.tokenizer(text_target=list(references), verbose=False)["input_ids"])

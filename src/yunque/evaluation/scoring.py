@@ -77,7 +77,7 @@ def score(rows: Sequence[AnsweredRow], checks: Sequence[Check]) -> tuple[dict[st
         InputError: a metric that is finite for no row.
     """
     notes: list[str] = []
-    columns = _text_columns(rows, checks) | _reference_columns(rows) | _model_columns(rows)
+    columns = answer_scores(rows, checks)
     metrics: dict[str, Any] = {}
     for name, values in columns.items():
         present = [value for value in values if value is not None]
@@ -105,6 +105,11 @@ def score(rows: Sequence[AnsweredRow], checks: Sequence[Check]) -> tuple[dict[st
 
 
 Column = Sequence[float | None]
+
+
+def answer_scores(rows: Sequence[AnsweredRow], checks: Sequence[Check]) -> dict[str, Column]:
+    """The score of every row by each metric, None where a row has none."""
+    return _text_columns(rows, checks) | _reference_columns(rows) | _model_columns(rows)
 
 
 def _text_columns(rows: Sequence[AnsweredRow], checks: Sequence[Check]) -> dict[str, Column]:

@@ -1,8 +1,18 @@
 """What tests of several rooms share."""
 
 import pytest
+import warm
 
 pytest_plugins = ["runs"]
+
+
+def pytest_configure():
+    """All workers of a session start their processes from the same servers."""
+    warm.prepare()
+
+
+def pytest_unconfigure():
+    warm.end()
 
 
 @pytest.fixture(scope="session")

@@ -114,14 +114,15 @@ def warm_up():
 class Server:
     """Forks a process per request and tells its asker how it ended."""
 
-    def __init__(self, folder, number, environment):
+    def __init__(self, folder, number, given):
         self.selector = selectors.DefaultSelector()
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(str(folder / f"{number}.new"))
         self.listener.listen()
         os.rename(folder / f"{number}.new", folder / str(number))  # from here on clients connect
         self.owner = os.pidfd_open(int((folder / "owner").read_text()))
-        self.environment = environment
+        self.given = frozen(given)
+        self.imported = {name: value for name, value in os.environ.items() if name not in given}
         self.askers = {}  # process id: (its pidfd, connection)
         self.selector.register(self.listener, selectors.EVENT_READ, self.accept)
         self.selector.register(self.owner, selectors.EVENT_READ, self.leave)
@@ -143,7 +144,7 @@ class Server:
             return None
         known = request["words"][:1] and not request["words"][0].startswith("-")
         known = known or request["words"][0] in ("-u", "-m", "-c")
-        pid = os.fork() if known and frozen(request["environment"]) == self.environment else None
+        pid = os.fork() if known and self.suits(request["environment"]) else None
         if pid == 0:
             self.become(files)
             connection.close()
@@ -159,6 +160,11 @@ class Server:
         self.selector.register(watch, selectors.EVENT_READ, lambda: self.ended(pid))
         self.selector.register(connection, selectors.EVENT_READ, lambda: self.abandoned(pid))
         return None
+
+    def suits(self, environment):
+        """Whether the server's imports found these variables: those they have set themselves do not count."""
+        asked = frozen(environment)
+        return {name: asked[name] for name in asked if asked[name] != self.imported.get(name)} == self.given
 
     def ended(self, pid):
         watch, connection = self.askers.pop(pid)
@@ -180,6 +186,7 @@ class Server:
     def leave(self):
         for pid in self.askers:
             os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(sys.argv[1], ignore_errors=True)  # where the owner was killed
         os._exit(0)
 
     def become(self, files):
@@ -212,12 +219,12 @@ def receive(connection):
     return json.loads(content), files
 
 
-def run(request, set_by_imports):
+def run(request, imported):
     """Be the process that ``python *words`` would be."""
     os.setsid()
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ.clear()
-    os.environ.update(set_by_imports | request["environment"])
+    os.environ.update(imported | request["environment"])
     os.chdir(request["folder"])
     random.seed()
     sys.modules["numpy"].random.seed()
@@ -278,5 +285,5 @@ if __name__ == "__main__":
     warm_up()
     gc.collect()
     gc.freeze()
-    asked = Server(Path(sys.argv[1]), sys.argv[2], frozen(given)).serve()
-    run(asked, {name: value for name, value in os.environ.items() if name not in given})
+    server = Server(Path(sys.argv[1]), sys.argv[2], given)
+    run(server.serve(), server.imported)

@@ -21,7 +21,7 @@ demo: setup
 		--output_dir outputs/ppo_detox --overwrite_output_dir
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu and not slurm and not network"

@@ -5,18 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import warm
 
-ENVIRONMENT = {
-    "ACCELERATE_USE_CPU": "true",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+ROOT = Path(__file__).parents[1]
 
 
 def options(**given):
@@ -43,8 +36,8 @@ def start(arguments, *, ranks=1, code=None):
     launcher = ["-m", "accelerate.commands.launch", "--config_file", "launch/ddp.yaml", "--num_processes", str(ranks)]
     launcher += ["--main_process_port", "0"]
     program = ["-m", "yunque"] if code is None else ["-c", code]
-    command = [sys.executable, *(launcher if ranks > 1 else []), *program, *map(str, arguments)]
+    command = [warm.python(), *(launcher if ranks > 1 else []), *program, *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command, cwd=ROOT, env=os.environ | warm.ON_CPU, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip

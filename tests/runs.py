@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import warm
 from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSeq2SeqLM
@@ -23,14 +24,6 @@ from transformers import AutoModelForSeq2SeqLM
 ROOT = Path(__file__).parents[1]
 RUN_TIMEOUT_S = 300
 TEMPLATE_WORDS = ("Summarize", "the", "following", "conversation.", "Summary:")
-
-ENVIRONMENT = {
-    "ACCELERATE_USE_CPU": "true",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 TOPICS = ("shopping", "weather", "shopping", "bank")
 
@@ -151,15 +144,16 @@ def script(name: str) -> str:
 
 @pytest.fixture(scope="session")
 def start_recipe() -> Callable[..., subprocess.Popen[str]]:
-    """Start a recipe as its own process group: start_recipe("ppo_detox", options, ranks=1)."""
+    """Start a recipe as its own process group: start_recipe("ppo_detox", options, ranks=1, cold=False)."""
 
-    def start(name: str, options: dict[str, Any], *, ranks: int = 1) -> subprocess.Popen[str]:
+    def start(name: str, options: dict[str, Any], *, ranks: int = 1, cold: bool = False) -> subprocess.Popen[str]:
         launcher = ["-m", "accelerate.commands.launch", "--config_file", "launch/ddp.yaml"]
         launcher += ["--num_processes", str(ranks), "--main_process_port", "0", "-m", "yunque.distributed.rehearsal"]
+        python = sys.executable if cold else warm.python()
         return subprocess.Popen(
-            [sys.executable, *(launcher if ranks > 1 else []), script(name), *command_line(options)],
+            [python, *(launcher if ranks > 1 else []), script(name), *command_line(options)],
             cwd=ROOT,
-            env=os.environ | ENVIRONMENT,
+            env=os.environ | warm.ON_CPU,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -173,8 +167,8 @@ def start_recipe() -> Callable[..., subprocess.Popen[str]]:
 def run_recipe(start_recipe: Callable[..., Any]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a recipe as a subprocess to its end: run_recipe("ppo_detox", options, ranks=1)."""
 
-    def run(name: str, options: dict[str, Any], *, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-        process = start_recipe(name, options, ranks=ranks)
+    def run(name: str, options: dict[str, Any], **how: Any) -> subprocess.CompletedProcess[str]:
+        process = start_recipe(name, options, **how)
         try:
             output, errors = process.communicate(timeout=RUN_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -188,7 +182,7 @@ def run_recipe(start_recipe: Callable[..., Any]) -> Callable[..., subprocess.Com
 @pytest.fixture
 def call_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Any]]:
     """Run a recipe in this process, seconds faster than a new one: call_recipe("ppo_detox", options)."""
-    for name, value in ENVIRONMENT.items():
+    for name, value in warm.ON_CPU.items():
         monkeypatch.setenv(name, value)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -214,10 +208,10 @@ def _forget_accelerators() -> None:
 
 @pytest.fixture(scope="session")
 def finished(run_recipe: Callable[..., Any]) -> Callable[..., Run]:
-    """Run a recipe as a subprocess that must succeed: finished("ppo_detox", options, ranks=1)."""
+    """Run a recipe as a subprocess that must succeed: finished("ppo_detox", options, ranks=1, cold=False)."""
 
-    def finish(name: str, options: dict[str, Any], *, ranks: int = 1) -> Run:
-        process = run_recipe(name, options, ranks=ranks)
+    def finish(name: str, options: dict[str, Any], **how: Any) -> Run:
+        process = run_recipe(name, options, **how)
         assert process.returncode == 0, process.stderr
         return Run(Path(options["output_dir"]), options)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -51,6 +52,27 @@ def disk_full(folder: object, error: BaseException) -> InputError:
     )
 
 
+_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+"""Modules whose distribution has another name."""
+
+
+def missing_extra(module: str | None) -> str | None:
+    """Which extra to install for a third-party module that an import has missed; None if no extra brings it."""
+    from importlib import metadata
+
+    package = (module or "").partition(".")[0]
+    wanted = _DISTRIBUTIONS.get(package, package).replace("_", "-").lower()
+    try:
+        requirements = metadata.requires("yunque") or []
+    except metadata.PackageNotFoundError:
+        return None
+    for requirement in requirements:  # such as: torch>=2.9; extra == "train"
+        found = re.fullmatch(r"""([\w.-]+)[^;]*;\s*extra == ["'](train|compress)["']""", requirement)
+        if found and found[1].lower() == wanted:
+            return f"{package} is not installed, which this needs; pip install 'yunque[{found[2]}]'"
+    return None
+
+
 class _SignalStop(KeyboardInterrupt):
     """A signal outside training: like Ctrl-C it passes through every ``except Exception``."""
 
@@ -94,6 +116,8 @@ def run(main: Callable[[], None]) -> NoReturn:
             code, label = EXIT_CHECK_FAILED, "failed"
         elif isinstance(error, InputError) or is_disk_full(error):
             code, label = EXIT_BAD_INPUT, "error"
+        elif isinstance(error, ModuleNotFoundError) and (fix := missing_extra(error.name)):
+            code, label, error = EXIT_BAD_INPUT, "error", InputError(fix)
         else:
             raise
         if os.environ.get("RANK", "0") == "0":

@@ -95,7 +95,8 @@ def test_two_ranks_take_the_steps_of_one(finished, options, assets, tmp_path):
     # Llama has no dropout, and own answers are drawn per rank: without them both runs see the same batches.
     both = {"teacher_name_or_path": assets.llama, "hidden_weight": 0.1, "alignment_weight": 0.1, "sequence_level": True}
     both |= {"mixed_precision": "no"}
-    one = finished(DISTILL, options(output_dir=tmp_path / "one", per_device_train_batch_size=8, max_steps=4, **both))
+    eight = {"output_dir": tmp_path / "one", "per_device_train_batch_size": 8}
+    one = finished(DISTILL, options(max_steps=4, **eight, **both), cold=True)
     two = finished(DISTILL, options(output_dir=tmp_path / "two", max_steps=4, **both), ranks=2)
     for name in ("loss/soft", "loss/hard", "loss/hidden", "loss/alignment"):
         curves = [[line[name] for line in run.log if name in line] for run in (one, two)]

@@ -11,13 +11,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+import warm
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 600
-ENVIRONMENT = {
-    **{"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-    **{"GLOO_SOCKET_IFNAME": "lo"},
-}
 
 
 def may_mount(folder):
@@ -29,9 +26,9 @@ def may_mount(folder):
 def table_of(recipe, faults, folder):
     """What the harness found: fault -> (survived, end)."""
     done = subprocess.run(
-        [sys.executable, "bench/faults.py", "--times", "1", "--recipes", recipe, "--folder", str(folder / "runs"),
+        [warm.python(), "bench/faults.py", "--times", "1", "--recipes", recipe, "--folder", str(folder / "runs"),
          "--faults", *faults],
-        cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT_S,
+        cwd=ROOT, env=warm.environment(GLOO_SOCKET_IFNAME="lo"), capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith(f"| {recipe}")]
     assert len(rows) == len(faults), done.stdout + done.stderr[-3000:]
@@ -79,11 +76,12 @@ def test_torchrun_starts_dead_ranks_again_and_they_go_on(tmp_path):
     options = ["--model_name_or_path", tmp_path / "t5", "--dataset_name", tmp_path / "data", "--output_dir", folder]
     options += ["--max_steps", "120", "--save_steps", "20", "--logging_steps", "1", "--mixed_precision", "no"]
     options += ["--per_device_train_batch_size", "2", "--max_new_tokens", "4"]
+    environment = warm.environment(GLOO_SOCKET_IFNAME="lo", PYTHON_EXEC=warm.python())
     launcher = subprocess.Popen(
         [sys.executable, "-m", "yunque.distributed.launch", "--config_file", "launch/ddp.yaml", "--num_processes", "2",
          "--main_process_port", "0", "--max_restarts", "1", "-m", "yunque.distributed.rehearsal",
          "recipes/finetune.py", *map(str, options)],
-        cwd=ROOT, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     limit = time.monotonic() + TIMEOUT_S
     while steps_in(folder / "log.jsonl") < 25:

@@ -4,12 +4,12 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import memory_cells
 import pytest
 import tiny
+import warm
 from accelerate.commands.launch import _validate_launch_command as validated
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -55,11 +55,11 @@ def measured(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common = warm.environment(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     ranks = []
     for rank in ("0", "1"):
         with (folder / f"log-{rank}").open("w") as log:
-            command = [sys.executable, memory_cells.__file__, str(folder)]
+            command = [warm.python(), memory_cells.__file__, str(folder)]
             own = common | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
             ranks.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
     try:

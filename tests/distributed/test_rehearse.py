@@ -3,10 +3,10 @@
 import json
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 from typer.testing import CliRunner
 
 from yunque.cli import app
@@ -134,6 +134,6 @@ def test_the_launcher_leaves_with_the_script_s_code(code, expected, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"import sys; sys.exit({code})")
     options = ["--config_file", "launch/ddp.yaml", "--num_processes", "2", "--main_process_port", "0"]
-    command = [sys.executable, "-m", "yunque.distributed.launch", *options, str(script)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=False)
+    command = [warm.python(), "-m", "yunque.distributed.launch", *options, str(script)]
+    process = subprocess.run(command, cwd=ROOT, env=warm.environment(), capture_output=True, timeout=120, check=False)
     assert process.returncode == expected

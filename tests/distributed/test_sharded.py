@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import warm
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -81,11 +80,8 @@ def launched(models, tmp_path_factory):
         command = ["-m", "yunque.distributed.launch", "--config_file", f"launch/{profile}.yaml", *options]
         command += ["--num_processes", str(ranks), "--main_process_port", "0"]
         command += ["-m", "yunque.distributed.rehearsal", "tests/sharded.py", str(models), str(results), *cells]
-        environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        paths = ["tests", os.environ.get("PYTHONPATH", "")]
-        environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         process = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=os.environ | environment,
+            [warm.python(), *command], cwd=ROOT, env=warm.environment(ROOT / "tests"),
             capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
         )  # fmt: skip
         assert process.returncode == 0, process.stderr[-4000:]

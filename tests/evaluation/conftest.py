@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from evaluating import ENVIRONMENT, options
+from evaluating import options
+from warm import ON_CPU
 
 NUM_ROWS = 23
 
@@ -87,7 +88,7 @@ def evaluate(monkeypatch, capsys, kinds, tmp_path):
 
     from yunque import cli
 
-    for name, value in ENVIRONMENT.items():
+    for name, value in ON_CPU.items():
         monkeypatch.setenv(name, value)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

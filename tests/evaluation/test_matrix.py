@@ -9,7 +9,7 @@ import evaluated
 import numpy as np
 import pytest
 import yaml
-from evaluating import ENVIRONMENT
+from warm import ON_CPU
 
 from yunque.errors import InputError
 from yunque.evaluation.comparison import Options
@@ -184,7 +184,7 @@ def test_the_command_on_tiny_models_for_real_the_gate_passes_the_copy_and_reject
 
     from yunque import cli
 
-    for name, value in ENVIRONMENT.items():
+    for name, value in ON_CPU.items():
         monkeypatch.setenv(name, value)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -96,7 +96,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def test_as_a_subprocess_it_leaves_data_that_the_other_recipes_read(run_recipe, options):
     asked = options(num_revisions=2, min_judge_margin=0)
-    done = run_recipe("constitutional", asked)
+    done = run_recipe("constitutional", asked, cold=True)
     assert done.returncode == 0, done.stderr
     folder = asked["output_dir"]
     manifest = json.loads((folder / "yunque.json").read_text())

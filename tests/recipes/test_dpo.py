@@ -84,7 +84,7 @@ def kept_its_promises(run):
 
 @pytest.fixture(scope="module")
 def full_run(finished, dpo_options, new_folder):
-    return finished("dpo", dpo_options(output_dir=new_folder()))
+    return finished("dpo", dpo_options(output_dir=new_folder()), cold=True)
 
 
 def test_decoder_only_from_the_command_line(full_run, assets):

@@ -50,7 +50,7 @@ def finetune_options(assets):
 def scratch_run(finished, finetune_options, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scratch") / "out"
     options = finetune_options(output_dir=folder, model_name_or_path=None, max_steps=40, **SCRATCH)
-    return finished("finetune", options)
+    return finished("finetune", options, cold=True)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def grpo_options(ppo_options):
 
 @pytest.fixture(scope="module")
 def topic_run(finished, grpo_options, new_folder):
-    return finished("grpo_detox", grpo_options(output_dir=new_folder()))
+    return finished("grpo_detox", grpo_options(output_dir=new_folder()), cold=True)
 
 
 def test_the_log_has_every_group_of_the_step_and_no_value(topic_run):

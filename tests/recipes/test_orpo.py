@@ -74,12 +74,13 @@ def kept_its_promises(run):
 
 
 def test_from_the_command_line_on_one_and_two_ranks(finished, orpo_options, new_folder, assets):
-    one = finished("orpo", orpo_options(output_dir=new_folder()))
+    one = finished("orpo", orpo_options(output_dir=new_folder()), cold=True)
     assert kept_its_promises(one)
     assert (one.manifest["stage"], one.manifest["parents"][0]["path"]) == ("orpo", str(assets.llama))
     last = [line for line in one.log if "loss" in line][-1]
     assert last["loss"] > last["loss/preference"] > 0  # the chosen answers' cross entropy is the rest
-    two = finished("orpo", orpo_options(output_dir=new_folder(), per_device_train_batch_size=2), ranks=2)
+    options = orpo_options(output_dir=new_folder(), per_device_train_batch_size=2)
+    two = finished("orpo", options, ranks=2, cold=True)  # a whole launch as a user's is
     assert losses(two) == pytest.approx(losses(one), rel=1e-3)  # float32 sums in another order
 
 

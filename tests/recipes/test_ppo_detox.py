@@ -52,7 +52,8 @@ ADAPTER_FILES = FILES | {"adapter_model.safetensors", "adapter_config.json"}
 @pytest.fixture(scope="session")
 def llama_run(finished, ppo_options, new_folder, assets):
     """A new LoRA on a tiny Llama, on one rank."""
-    return finished("ppo_detox", ppo_options(output_dir=new_folder(), model_name_or_path=assets.llama, **LORA))
+    options = ppo_options(output_dir=new_folder(), model_name_or_path=assets.llama, **LORA)
+    return finished("ppo_detox", options, cold=True)
 
 
 @pytest.fixture(params=["t5_run", "llama_run"])

@@ -100,7 +100,7 @@ def test_bad_input(wrong, words, call_recipe, ppo_options, assets, tmp_path):
 def test_bad_input_at_the_command_line(wrong, words, run_recipe, ppo_options, assets, tmp_path):
     folder = tmp_path / "out"
     options = ppo_options(output_dir=folder) | wrong(assets, tmp_path)
-    assert refused(run_recipe("ppo_detox", options), *words)
+    assert refused(run_recipe("ppo_detox", options, cold=True), *words)
     assert not folder.exists()
 
 

@@ -78,7 +78,7 @@ def options(assets, classifier, reviews):
 
 @pytest.fixture(scope="session")
 def positive_run(finished, options, new_folder):
-    return finished("ppo_sentiment", options(output_dir=new_folder()))
+    return finished("ppo_sentiment", options(output_dir=new_folder()), cold=True)
 
 
 @pytest.fixture(scope="session")

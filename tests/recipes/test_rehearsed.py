@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pairs
@@ -10,6 +11,7 @@ import pytest
 import runs
 import tiny
 import torch
+import warm
 from peft import PeftModel
 
 from yunque.artifacts import verify
@@ -44,8 +46,9 @@ def models(assets, tmp_path_factory):
 @pytest.fixture
 def rehearsed(monkeypatch):
     """Rehearse a recipe: rehearsed("fsdp2", "finetune", options, ranks=2, nodes=1)."""
-    for name, value in {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+    for name, value in warm.environment().items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "executable", warm.python())
     monkeypatch.chdir(Path(__file__).parents[2])
 
     def run(profile, recipe, options, *, compare=True, **sizes):

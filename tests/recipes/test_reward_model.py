@@ -88,7 +88,7 @@ def values_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def scratch_run(finished, reward_options, second_set, values_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scratch") / "out"
-    return finished("reward_model", reward_options(output_dir=folder, config=values_file, **second_set))
+    return finished("reward_model", reward_options(output_dir=folder, config=values_file, **second_set), cold=True)
 
 
 def rows_of(path):

@@ -1,14 +1,13 @@
 """Every advantage estimator through the trainer: one update however it is laid out, learning, metrics of groups."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import layouts
 import pytest
 import torch
+import warm
 
 from yunque.errors import InputError
 from yunque.models.arguments import GenerationArguments
@@ -52,10 +51,9 @@ def test_twice_the_accumulation_is_the_same_curve(one_rank, case):
 def test_two_ranks_are_the_same_curve_for_every_estimator_and_family(one_rank, tmp_path):
     launcher = ["-m", "accelerate.commands.launch", "--config_file", "launch/ddp.yaml", "--num_processes", "2"]
     launcher += ["--main_process_port", "0", "--mixed_precision", "no", "-m", "yunque.distributed.rehearsal"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "tests"}
     process = subprocess.run(
-        [sys.executable, *launcher, "tests/layouts.py", str(tmp_path / "curves.json")],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
+        [warm.python(), *launcher, "tests/layouts.py", str(tmp_path / "curves.json")],
+        cwd=ROOT, env=warm.environment(ROOT / "tests"), capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     curves = json.loads((tmp_path / "curves.json").read_text())

@@ -1,14 +1,13 @@
 """RL under every engine that shards, on two real ranks: as one rank does it, whatever the ranks' answers are like."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import warm
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -61,11 +60,10 @@ def launcher(profile, ranks):
 
 
 def launched(models, name, command, cases):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "SHARDED_PROFILE": name}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = warm.environment(ROOT / "tests", SHARDED_PROFILE=name)
     result = models / f"{name}.json"
     process = subprocess.run(
-        [sys.executable, *command, "tests/sharded_rl.py", str(models), str(result), *cases],
+        [warm.python(), *command, "tests/sharded_rl.py", str(models), str(result), *cases],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-4000:]

@@ -1,11 +1,10 @@
 import json
-import os
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -15,10 +14,9 @@ SCRIPT = Path(__file__).with_name("ranks.py")
 def test_two_ranks_do_what_one_does(tmp_path):
     launcher = ["-m", "accelerate.commands.launch", "--config_file", "launch/ddp.yaml", "--num_processes", "2"]
     launcher += ["--main_process_port", "0", "--mixed_precision", "no", "-m", "yunque.distributed.rehearsal"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "tests"}
     process = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), str(tmp_path / "curves.json")],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
+        [warm.python(), *launcher, str(SCRIPT), str(tmp_path / "curves.json")],
+        cwd=ROOT, env=warm.environment(ROOT / "tests"), capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     curves = json.loads((tmp_path / "curves.json").read_text())

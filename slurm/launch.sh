@@ -165,16 +165,6 @@ stop_step() {
   done
 }
 
-requeue() { # WHY
-  if ((${SLURM_RESTART_COUNT:-0} >= MAX_REQUEUES)); then
-    echo "slurm: $1; not requeued again after $MAX_REQUEUES times (MAX_REQUEUES): submit it with --resume" >&2
-    exit 75
-  fi
-  echo "slurm: $1; requeued, to go on from the last checkpoint" >&2
-  scontrol requeue "$SLURM_JOB_ID" || echo "slurm: scontrol requeue failed: submit it again with --resume" >&2
-  exit 75
-}
-
 run() {
   local pid code=0
   mkdir -p "$RANK_LOGS"

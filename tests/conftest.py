@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest_plugins = ["runs"]
+pytest_plugins = ["runs", "pipelines"]
 
 
 @pytest.fixture(scope="session")

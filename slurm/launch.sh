@@ -183,8 +183,9 @@ run() {
       kill -0 "$pid" 2>/dev/null && requeue "the ranks did not stop within $STOP_GRACE_S s"
     fi
   done
+  # srun reports a mixture of its tasks' codes, and 0 for a step that Slurm cancelled
+  [[ ! -s $EXIT_FILE || $(<"$EXIT_FILE") == 0 ]] || code=$(<"$EXIT_FILE")
   [[ $code != 0 ]] || exit 0
-  [[ ! -s $EXIT_FILE ]] || code=$(<"$EXIT_FILE")
   [[ -z $cancelled ]] || exit "$code"
   case $code in
     2) exit 2 ;;

@@ -58,6 +58,11 @@ class Step:
         """Whether it writes one folder, which it goes on with after a stop: all but ``yunque compare``."""
         return self.run != "yunque compare"
 
+    @property
+    def makes_model(self) -> bool:
+        """Whether it ends with a model folder, whose manifest is written last."""
+        return self.run.startswith(("recipes/", "compress/"))
+
     def references(self) -> set[str]:
         """Names in braces in its arguments and options."""
         texts = [*self.arguments, *_texts(self.options)]

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import Any, Literal
 
+from yunque.artifacts import MANIFEST
 from yunque.errors import EXIT_BAD_INPUT, EXIT_TRY_AGAIN, CheckFailed, InputError, Stopped
 from yunque.pipeline.description import Pipeline, Step
 from yunque.pipeline.identity import folder_identity, step_fingerprint
@@ -110,21 +111,28 @@ class Runner:
         self._say(f"{step.name}: {'goes on' if status.state == 'stopped' else 'starts'}: {' '.join(command)}")
         begin = time.monotonic()
         try:
-            code = _call(command, grouped=step.profile is not None, lock=lock)
+            code, asked = _call(command, grouped=step.profile is not None, lock=lock)
         finally:
             record = replace(record, seconds=before + time.monotonic() - begin)
             write_record(self.pipeline.output_dir, step.name, record)
-        if code == EXIT_TRY_AGAIN:
+        result = self._result(step) if code == 0 else None
+        if code == EXIT_TRY_AGAIN or (asked and code == 0 and result is None):
             raise Stopped(f"step {step.name} was stopped; the same command goes on with it")
         if code == EXIT_BAD_INPUT:
             raise InputError(f"step {step.name}: its command did not accept its input, as it says above")
         if code:
             raise CheckFailed(f"step {step.name}: its command ended with exit code {code}, as it says above")
-        result = folder_identity(self.pipeline.folder(step.name))
         if result is None:
             raise CheckFailed(f"step {step.name}: its command ended well, but left no finished folder")
         write_record(self.pipeline.output_dir, step.name, replace(record, result=result))
         self._say(f"{step.name}: done in {record.seconds:.0f} s")
+
+    def _result(self, step: Step) -> str | None:
+        """The identity of what a step has made: of a script that makes models, only with the manifest, written last."""
+        folder = self.pipeline.folder(step.name)
+        if step.makes_model and not (folder / MANIFEST).is_file():
+            return None
+        return folder_identity(folder)
 
     @contextmanager
     def _lock(self, step: Step) -> Iterator[int]:
@@ -179,8 +187,8 @@ def _text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def _call(command: Sequence[str], *, grouped: bool, lock: int) -> int:
-    """Run ``command`` and return its exit code; signals to this process ask it to save and stop.
+def _call(command: Sequence[str], *, grouped: bool, lock: int) -> tuple[int, bool]:
+    """Run ``command``; return its exit code and whether a signal to this process asked it to save and stop.
 
     A launcher (``grouped``) does not die of the signal itself but lets its ranks, which get it too, end first. Slurm's
     USR1 reaches ``slurm/launch.sh`` as it is, since there it means the end of the job's time.
@@ -216,8 +224,8 @@ def _call(command: Sequence[str], *, grouped: bool, lock: int) -> int:
         for number, handler in former.items():
             signal.signal(number, handler)
     if asked and code < 0:
-        return EXIT_TRY_AGAIN  # it had not begun to listen: nothing is lost
-    return code
+        code = EXIT_TRY_AGAIN  # it had not begun to listen: nothing is lost
+    return code, bool(asked)
 
 
 def _pass_on(process: subprocess.Popen[bytes], number: int, *, whole_group: bool, as_it_is: bool) -> None:

@@ -33,7 +33,7 @@ while IFS=$'\t' read -r step needs own; do
   eval "command+=($own)" # quoted by compress/pipeline.py
   command+=(--job-name="$step" --chdir="$PWD" --output="$LOG_DIR/%x-%j.out")
   ((!${#after[@]})) || command+=("--dependency=afterok$(printf ':%s' "${after[@]}")" --kill-on-invalid-dep=yes)
-  command+=(slurm/pipeline.sbatch "$@" --step "$step")
+  command+=(slurm/pipeline_step.sh "$@" --step "$step")
   if [[ -n $dry_run ]]; then
     jobs[$step]=JOB_OF_$step
     printf '%q ' "${command[@]}"

@@ -59,7 +59,7 @@ def test_dry_run_shows_a_chain_of_jobs(script, config):
     assert first[:7] == ["sbatch", "--parsable", "-A", "me", "--partition=p", "--nodes=2", "--comment=two words"]
     assert "--job-name=finetune" in first
     assert not [word for word in first if word.startswith("--dependency")]
-    assert first[-5:] == ["slurm/pipeline.sbatch", "--config", str(config), "--step", "finetune"]
+    assert first[-5:] == ["slurm/pipeline_step.sh", "--config", str(config), "--step", "finetune"]
     assert {"--dependency=afterok:JOB_OF_finetune", "--kill-on-invalid-dep=yes"} < set(second)
     assert "--dependency=afterok:JOB_OF_onnx" in third
 
@@ -73,8 +73,6 @@ def test_mistakes_end_before_anything_is_submitted(script, config, tmp_path):
         done = script("pipeline.sh", *arguments)
         assert (done.returncode, done.stderr.splitlines()) == (2, [message])
     assert (tmp_path / "calls").read_text() == ""
-    done = script("submit.sh", "pipeline", "--config", config)
-    assert (done.returncode, done.stderr.strip()) == (2, "error: pipeline: submit it with slurm/pipeline.sh")
 
 
 @pytest.mark.slurm

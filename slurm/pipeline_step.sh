@@ -13,7 +13,6 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 # shellcheck source=slurm/lib.sh
 source slurm/lib.sh
 
-[[ -z ${LAUNCH_MODE:-} ]] || die "pipeline: submit it with slurm/pipeline.sh"
 read_site
 if ((${#MODULES[@]})); then module load "${MODULES[@]}"; fi
 CALLER_REQUEUES=yes "$PYTHON" compress/pipeline.py "$@" &

@@ -60,7 +60,9 @@ class CompletionRequest(Sampling):
     """A text to continue, or several, as texts or token ids."""
 
     prompt: Text | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
-    logprobs: Literal[0] | None = Field(None, description="0: log-probabilities of the chosen tokens")
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+        None, description="Log-probabilities of the chosen token and of so many alternatives"
+    )
     best_of: One | None = None
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
@@ -102,7 +104,7 @@ class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Literal[0] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="Needs logprobs: true")
     response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     tools: EmptyList | None = None
@@ -163,7 +165,7 @@ class Usage(BaseModel):
 class Safety(BaseModel):
     """What the guard's classifier says of an answer."""
 
-    score: float
+    score: float = Field(description="Probability that it is bad")
     flagged: bool
 
 
@@ -198,19 +200,24 @@ class Completion(BaseModel):
     usage: Usage | None = None
 
 
-class TokenLogprob(BaseModel):
-    """One token of a chat answer."""
+class TopToken(BaseModel):
+    """A token that might have been chosen."""
 
     token: str
     logprob: float
     bytes: list[int]
-    top_logprobs: list[Any] = []
+
+
+class ChosenToken(TopToken):
+    """One token of a chat answer."""
+
+    top_logprobs: list[TopToken] = []
 
 
 class ChatLogprobs(BaseModel):
     """Tokens of a chat answer."""
 
-    content: list[TokenLogprob]
+    content: list[ChosenToken]
 
 
 class AssistantMessage(BaseModel):

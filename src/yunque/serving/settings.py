@@ -38,9 +38,12 @@ class ServerSettings(BaseModel):
     allowed_hosts: list[str] = Field([], description="Host headers to answer to; all when empty")
     cors_origins: list[str] = Field([], description="Origins whose pages may use the API")
 
-    threads: Count | None = Field(None, description="Threads of a model; the machine's cores, shared out, when left out")
-    max_batch: Count | None = Field(None, description="Requests that run together; from memory when left out")
-    max_queue: Count = Field(256, description="Requests that may wait; more get 429")
+    threads: Count | None = Field(None, description="Threads of each graph; from the machine when left out")
+    max_rows: Count | None = Field(None, description="Texts made at the same time; from memory when left out")
+    max_queued: Count = Field(256, description="Texts that may wait for each model; more get 429")
+    prefill_tokens: Count | None = Field(None, description="Prompt tokens read between two steps of running texts")
+    memory_budget_bytes: Count | None = Field(None, description="For caches, per model; from free memory when left out")
+    memory_share: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="Share of free memory for caches")
     max_prompt_tokens: Count = Field(2048, description="Longest prompt")
     max_new_tokens: Count = Field(1024, description="Longest answer that may be asked for")
     default_chat_tokens: Count = Field(256, description="Longest answer of a chat that asks for no length")
@@ -57,10 +60,11 @@ class ServerSettings(BaseModel):
     keep_alive_s: Count = Field(15, description="Idle time of a connection")
     drain_timeout_s: Seconds = Field(30.0, description="Time for running requests after SIGTERM")
 
-    guard_folder: Path | None = Field(None, description="Classifier folder that scores every answer")
-    guard_label: str = Field("hate", description="Its label of a bad answer")
-    guard_threshold: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="Probability from which it is bad")
-    guard_action: Literal["flag", "block"] = Field("flag", description="What happens to a bad answer")
+    guard_folder: Path | None = Field(None, description="Classifier folder that scores every answer, served as guard")
+    guard_label: str = Field("", description="Its label of a bad answer; all but the first when left out")
+    guard_threshold: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="Probability from which it is bad")
+    guard_action: Literal["block", "flag", "pass"] = Field("flag", description="What happens to a bad answer")
+    guard_release: Literal["answer", "sentence"] = Field("answer", description="What block holds back until scored")
 
     chat_template: Literal["auto", "plain", "off"] = Field(
         "auto", description="auto: the tokenizer's or else plain text; plain: always plain; off: no chat without one"

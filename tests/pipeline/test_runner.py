@@ -166,7 +166,11 @@ def test_commands(write, monkeypatch):
     steps = {
         "a": step(text="1", code=0, flag=True, list=[1, 2], map={"x": 1}) | {"profile": "ddp", "processes": 3},
         "e": {"run": "yunque evaluate", "arguments": ["{a}"], "options": {"seed": 1}},
-        "c": {"run": "yunque compare", "arguments": ["{a}", "x={e}"], "options": {"json": "{output}/c.json"}},
+        "c": {
+            "run": "yunque compare",
+            "arguments": ["{a}", "x={e}"],
+            "options": {"json": "{output}/c.json", "gate": ["x<1", "y<2"]},
+        },
     }
     read = read_pipeline(write(steps))
 
@@ -187,6 +191,9 @@ def test_commands(write, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     assert "yunque.distributed.rehearsal" not in words("a")
     assert words("e") == ["-m", "yunque", "evaluate", "out/a", "--seed", "1", "--output_dir", "out/e"]
-    assert words("c", "changed") == ["-m", "yunque", "compare", "out/a", "x=out/e", "--json", "out/c/c.json"]
+    assert words("c", "changed") == [
+        *("-m", "yunque", "compare", "out/a", "x=out/e"),
+        *("--json", "out/c/c.json", "--gate", "x<1", "--gate", "y<2"),
+    ]
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert command_of(read, read.step("a"), "new")[:4] == ["slurm/launch.sh", "--profile", "ddp", "recipes/step.py"]

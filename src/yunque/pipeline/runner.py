@@ -159,7 +159,7 @@ def command_of(pipeline: Pipeline, step: Step, state: State) -> list[str]:
         # With both a finished folder is replaced: the step may have been killed just before it was recorded.
         options |= {"resume": True} if state == "stopped" else {}
         options |= {"overwrite_output_dir": True} if state != "new" else {}
-    words = [*map(str, pipeline.fill(step, step.arguments)), *_words(options)]
+    words = [*map(str, pipeline.fill(step, step.arguments)), *_words(options, repeat=not step.takes_folder)]
     if step.run.startswith("yunque "):
         return [sys.executable, "-m", "yunque", step.run.removeprefix("yunque "), *words]
     if step.profile is None:
@@ -173,11 +173,13 @@ def command_of(pipeline: Pipeline, step: Step, state: State) -> list[str]:
     ]
 
 
-def _words(options: dict[str, Any]) -> list[str]:
+def _words(options: dict[str, Any], *, repeat: bool) -> list[str]:
+    """``--name value`` of every option; lists as ``--name a b``, or as ``--name a --name b`` under ``repeat``."""
     words = []
     for name, value in options.items():
         values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(_text(entry) for entry in values)]
+        for number, entry in enumerate(values):
+            words += [*([f"--{name}"] if number == 0 or repeat else []), _text(entry)]
     return words
 
 

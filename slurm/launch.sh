@@ -165,16 +165,6 @@ stop_step() {
   done
 }
 
-requeue() { # WHY
-  if ((${SLURM_RESTART_COUNT:-0} >= MAX_REQUEUES)); then
-    echo "slurm: $1; not requeued again after $MAX_REQUEUES times (MAX_REQUEUES): submit it with --resume" >&2
-    exit 75
-  fi
-  echo "slurm: $1; requeued, to go on from the last checkpoint" >&2
-  scontrol requeue "$SLURM_JOB_ID" || echo "slurm: scontrol requeue failed: submit it again with --resume" >&2
-  exit 75
-}
-
 run() {
   local pid code=0
   mkdir -p "$RANK_LOGS"
@@ -193,8 +183,9 @@ run() {
       kill -0 "$pid" 2>/dev/null && requeue "the ranks did not stop within $STOP_GRACE_S s"
     fi
   done
+  # srun reports a mixture of its tasks' codes, and 0 for a step that Slurm cancelled
+  [[ ! -s $EXIT_FILE || $(<"$EXIT_FILE") == 0 ]] || code=$(<"$EXIT_FILE")
   [[ $code != 0 ]] || exit 0
-  [[ ! -s $EXIT_FILE ]] || code=$(<"$EXIT_FILE")
   [[ -z $cancelled ]] || exit "$code"
   case $code in
     2) exit 2 ;;

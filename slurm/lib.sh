@@ -67,3 +67,15 @@ check_script() { # FILE, ARGUMENTS...
   config=$(option_value config "$@")
   [[ -z $config || -f $config ]] || die "--config $config: no such file in $PWD"
 }
+
+# Leave with 75 and let Slurm start this job again, unless whoever called this script will see to it.
+requeue() { # WHY
+  [[ -z ${CALLER_REQUEUES:-} ]] || exit 75
+  if ((${SLURM_RESTART_COUNT:-0} >= MAX_REQUEUES)); then
+    echo "slurm: $1; not requeued again after $MAX_REQUEUES times (MAX_REQUEUES): submit it with --resume" >&2
+    exit 75
+  fi
+  echo "slurm: $1; requeued, to go on from the last checkpoint" >&2
+  scontrol requeue "$SLURM_JOB_ID" || echo "slurm: scontrol requeue failed: submit it again with --resume" >&2
+  exit 75
+}

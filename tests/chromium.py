@@ -30,7 +30,8 @@ _CONTRAST = """(() => {
     }
     return 'rgb(255, 255, 255)';
   };
-  const texts = [...document.querySelectorAll('p, td, th, dt, dd, h2, h3, summary, .tag, .verdict, .good, .bad, mark')];
+  const texts = [...document.querySelectorAll('p, td, th, dt, dd, h1, h2, h3, label, small, button, input, select,'
+    + ' textarea, summary, .tag, .verdict, .good, .bad, mark, .text')];
   return Math.min(...texts.filter((e) => e.textContent.trim() && e.getClientRects().length).map((e) => {
     const [dark, bright] = [light(getComputedStyle(e).color), light(behind(e))].sort((x, y) => x - y);
     return (bright + 0.05) / (dark + 0.05);
@@ -115,7 +116,8 @@ class Chromium:
         while not self._events:
             self._read()
         self._events.clear()
-        self.call("Page.navigate", url=f"{path.absolute().as_uri()}{hash}")
+        address = path if isinstance(path, str) else path.absolute().as_uri()
+        self.call("Page.navigate", url=f"{address}{hash}")
         while not self._events:
             self._read()
 

@@ -3,7 +3,7 @@
 import pytest
 import warm
 
-pytest_plugins = ["runs"]
+pytest_plugins = ["runs", "pipelines"]
 
 
 def pytest_configure():

@@ -11,7 +11,12 @@ import yaml
 from yunque import arguments
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted(path for folder in ("recipes", "compress") for path in (ROOT / folder / "configs").rglob("*.yaml"))
+CONFIGS = sorted(
+    path
+    for folder in ("recipes", "compress")
+    for path in (ROOT / folder / "configs").rglob("*.yaml")
+    if not path.stem.startswith("pipeline_")  # steps instead of options: tests/pipeline/test_configs.py
+)
 
 
 def recipe_of(config: Path) -> Path:

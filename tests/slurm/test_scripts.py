@@ -357,5 +357,5 @@ def test_shellcheck_finds_nothing():
     files = [*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch"), ROOT / "slurm" / "site.env"]
     done = subprocess.run([program, "-x", *files], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert len(files) == 8
+    assert len(files) == 10
     assert all(os.access(path, os.X_OK) for path in files if path.suffix == ".sh" and path.stem != "lib")

@@ -43,7 +43,11 @@ def test_a_run_reports_and_may_be_resumed(call_recipe, called, options, assets, 
     [
         ({"scheme": "onnx_int8_static", "block_size": None}, 2, "calibration_dataset: onnx_int8_static measures"),
         ({"scheme": "int5"}, 2, "scheme: 'int5' is unknown"),
-        ({"model_name_or_path": "./nowhere"}, 2, "model_name_or_path: cannot load a model from ./nowhere (no such folder"),
+        (
+            {"model_name_or_path": "./nowhere"},
+            2,
+            "model_name_or_path: cannot load a model from ./nowhere (no such folder",
+        ),
         ({"calibration_dataset": "./nowhere.jsonl"}, 2, "nowhere.jsonl"),
         ({"plan": "./nowhere.json", "scheme": None, "block_size": None}, 2, "plan: cannot read"),
         ({"skip_layers": "."}, 1, "nothing to quantize: none of 23 layers changes"),

@@ -19,6 +19,7 @@ from yunque.models.arguments import GenerationArguments, ModelArguments
 from yunque.models.inference import load_for_inference
 from yunque.models.loading import load_classifier
 from yunque.rl.rollout import generate
+from yunque.runtime.spec import SPEC
 
 _BATCH = 16
 _LONGEST_PROMPT = 512  # where positions are relative: more would take long and show nothing else
@@ -72,9 +73,11 @@ def longest_prompt(source: Source, new_tokens: int) -> int:
 
 
 def write_texts(
-    source: Source, prompts: Sequence[str], *, new_tokens: int, max_tokens: int | None = None
+    source: Source, prompts: Sequence[str], option: str, *, new_tokens: int, max_tokens: int | None = None
 ) -> tuple[list[Text], int]:
     """Prompts with the model's own greedy answers of up to ``new_tokens``, and how many were too long.
+
+    ``option`` is where they come from.
 
     Raises:
         InputError: no prompt is left.
@@ -84,8 +87,7 @@ def write_texts(
     rows = sorted((row for row in encoded if 0 < len(row) <= most), key=len)
     if not rows:
         raise InputError(
-            f"calibration_max_tokens: all {len(encoded)} prompts are empty or longer than {most} tokens; "
-            "raise it or give shorter prompts"
+            f"{option}: all {len(encoded)} prompts are empty or longer than {most} tokens; give shorter ones"
         )
     answers: list[list[int]] = [[] for _ in rows]
     if source.kind != "classifier":
@@ -139,7 +141,7 @@ def torch_logits(model: Any, kind: str) -> Logits:
 
 def folder_logits(folder: Path, kind: str) -> Logits:
     """Of a folder, loaded as its users load it."""
-    if not (folder / "runtime.json").is_file():
+    if not (folder / SPEC).is_file():
         if kind == "classifier":
             return torch_logits(load_classifier(str(folder), "model_name_or_path")[0], kind)
         return torch_logits(load_for_inference(ModelArguments(model_name_or_path=str(folder))).model, kind)

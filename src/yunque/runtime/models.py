@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,11 +50,24 @@ def load(
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     spec = read_spec(folder)
-    check_files(folder, verify)
     kinds: dict[str, type[Seq2SeqModel | CausalModel | Classifier]] = {
         "seq2seq": Seq2SeqModel, "causal": CausalModel, "classifier": Classifier,
     }  # fmt: skip
-    return kinds[spec.kind](folder, spec, open_sessions(folder, spec, threads))
+    return kinds[spec.kind](folder, spec, _open(folder, spec, threads, verify))
+
+
+def _open(folder: Path, spec: ModelSpec, threads: int | None, verify: Verify) -> dict[str, ort.InferenceSession]:
+    """The sessions; content is compared with the manifest meanwhile, by another core."""
+    check_files(folder, "none" if verify == "none" else "size")  # what is cut short must not be mapped
+    with ThreadPoolExecutor(1) as worker:
+        checked = worker.submit(check_files, folder, verify)
+        try:
+            sessions = open_sessions(folder, spec, threads)
+        except InputError:
+            checked.result()  # says more of an altered file
+            raise
+        checked.result()
+    return sessions
 
 
 class _Model:

@@ -83,8 +83,9 @@ def search(place, name, *, resume=False, overwrite_output_dir=False, **given):
         overwrite_output_dir=overwrite_output_dir,
     )  # fmt: skip
     chosen = {
-        "keep_gate": ["rougeL>=-25", "length>=-4"], "candidates": [ROUNDED, WHOLE], "gate_dataset_name": str(place / "data"),
-        "gate_max_new_tokens": NUM_TOKENS, "sensitivity_prompts": 24, "sensitivity_answers": 2,
+        "keep_gate": ["rougeL>=-25", "length>=-4"], "candidates": [ROUNDED, WHOLE],
+        "gate_dataset_name": str(place / "data"), "gate_max_new_tokens": NUM_TOKENS, "sensitivity_prompts": 24,
+        "sensitivity_answers": 2,
     }  # fmt: skip
     return keep_gate(order, KeepGateArguments(**chosen | given))
 
@@ -172,11 +173,12 @@ def test_a_killed_search_goes_on_to_the_same_numbers(place, found, monkeypatch):
 
     calls.clear()
     monkeypatch.setattr(Meter, "damage", counted)
-    search(place, "killed", resume=True)
+    search(place, "killed", resume=True, most_plans=2)  # the cheapest, and the safest, which passes
     report = json.loads((place / "killed" / RESULT).read_text())
     assert calls.count(1) == len(report["layers"]) - 5
-    for name in ("layers", "plan"):
-        assert report[name] == json.loads((found.folder / RESULT).read_text())[name]
+    assert report["layers"] == found.report["layers"]
+    assert set(report["plan"].values()) == {WHOLE}
+    assert not report["search"]["complete"]
 
 
 def test_no_plan_passes_and_it_is_said_why(place):

@@ -40,7 +40,9 @@ def main() -> None:
     if "--write_prompts" in sys.argv:
         write_prompts(Path(sys.argv[sys.argv.index("--write_prompts") + 1]))
         return
-    order, args, bench = parse(QuantizationArguments, KeepGateArguments, BenchArguments, description=__doc__)
+    order, args, bench = parse(
+        QuantizationArguments, KeepGateArguments, BenchArguments, description=__doc__, repeatable=("keep_gate",)
+    )
 
     from yunque.evaluation.keep_gate import measure_layers, prepare_work
 
@@ -115,8 +117,9 @@ def row(work: Any, group: str, plan: Mapping[str, str], damages: Mapping[tuple[s
                 predicted[f"{name} {metric}"] = sum(value[metric].mean for value in values)
     layers = {layer: work.schemes[layer][scheme] for layer, scheme in plan.items()}
     given = PrecisionPlan(layers={layer: scheme for layer, scheme in layers.items() if scheme.is_quantized})
-    judged = work.variants.judge(given, work.args.verdict_split, 0.95)
-    ours, theirs = work.variants.aligned(work.args.verdict_split), work.variants.last
+    split = work.args.verdict_split
+    judged = work.plans.judge(given, split, 0.95)
+    ours, theirs = work.plans.aligned(split), work.plans.evaluation(given, split)
     changed = sum(a != b for a, b in zip(ours.answers, theirs.answers, strict=True)) / len(ours.answers)
     measured = {"changed answers": changed, "worst gate's excess": judged.excess}
     for metric in metrics:

@@ -28,7 +28,11 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "quantize_embedded.yaml"
 def main() -> None:
     """Quantize, measure, save."""
     args, gate_args = parse(
-        QuantizationArguments, KeepGateArguments, description=__doc__, default_config=DEFAULT_CONFIG
+        QuantizationArguments,
+        KeepGateArguments,
+        description=__doc__,
+        default_config=DEFAULT_CONFIG,
+        repeatable=("keep_gate",),
     )
     if gate_args.keep_gate and args.scheme != MIXED:
         raise InputError(f"keep_gate: is for scheme {MIXED}; gate the result of another with yunque compare")

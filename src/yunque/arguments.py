@@ -47,11 +47,13 @@ def parse(
     description: str | None = None,
     default_config: Path | None = None,
     argv: Sequence[str] | None = None,
+    repeatable: Sequence[str] = (),
 ) -> tuple[Any, ...]:
     """Parse ``argv`` and an optional ``--config FILE`` into one instance per dataclass in ``groups``.
 
     Values of the command line win over the YAML file, which wins over the dataclass defaults. ``default_config``
-    is read when the command line names neither a ``--config`` nor a model (or teacher) to start from.
+    is read when the command line names neither a ``--config`` nor a model (or teacher) to start from. Of an option
+    with a list of values the last one given wins, unless it is ``repeatable``: then all of them count.
 
     Raises:
         InputError: an unknown option or YAML key, a value of the wrong type, a file that cannot be read.
@@ -59,6 +61,8 @@ def parse(
     args = [part for arg in (sys.argv[1:] if argv is None else argv) for part in _split_config(arg)]
     if default_config is not None and not any(_names(arg, *_NAMES_A_RUN) for arg in args):
         args = ["--config", str(default_config), *args]
+    for option in repeatable:
+        args = _joined(args, f"--{option}")
     config = _config_path(args)
     parser = _Parser(groups, description=description, allow_abbrev=False)  # type: ignore[arg-type]  # a NewType of Any
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options; the command line wins")
@@ -81,6 +85,22 @@ def parse(
 
 def _split_config(arg: str) -> list[str]:
     return arg.split("=", 1) if arg.startswith("--config=") else [arg]
+
+
+def _joined(args: Sequence[str], option: str) -> list[str]:
+    """``args`` with all values of ``option`` at its end, after one naming of it."""
+    others: list[str] = []
+    values: list[str] = []
+    into = others
+    for arg in args:
+        if _names(arg, option):
+            into = values
+            values += arg.split("=", 1)[1:]
+            continue
+        if arg.startswith("--"):
+            into = others
+        into.append(arg)
+    return [*others, option, *values] if values else list(args)
 
 
 def _names(arg: str, *options: str) -> bool:

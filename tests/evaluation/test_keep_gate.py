@@ -1,12 +1,14 @@
 """The whole search on a tiny model in which one layer bears no rounding, and what is refused."""
 
 import json
+import runpy
+import sys
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
-from evaluating import ENVIRONMENT
+from evaluating import ENVIRONMENT, ROOT, options
 
 from yunque import artifacts, runtime
 from yunque.compression.mixed_arguments import KeepGateArguments, candidate_schemes
@@ -59,8 +61,8 @@ def place(tmp_path_factory):
     for split in ("validation", "test"):
         prompts = [torch.randint(3, 64, (7,), generator=rng).tolist() for _ in range(40)]
         ended = [[*prompt, 1] for prompt in prompts]
-        options = GenerationArguments(temperature=0.0, max_new_tokens=NUM_TOKENS)
-        answers = generate(model, adapter, ended, options, seed=0, samples=range(40), device=torch.device("cpu"))
+        greedy = GenerationArguments(temperature=0.0, max_new_tokens=NUM_TOKENS)
+        answers = generate(model, adapter, ended, greedy, seed=0, samples=range(40), device=torch.device("cpu"))
         lines = [
             json.dumps({"dialogue": tokenizer.decode(prompt), "summary": tokenizer.decode(answer.tokens)})
             for prompt, answer in zip(prompts, answers, strict=True)
@@ -81,17 +83,33 @@ def search(place, name, *, resume=False, overwrite_output_dir=False, **given):
         overwrite_output_dir=overwrite_output_dir,
     )  # fmt: skip
     chosen = {
-        "keep_gate": ["rougeL>=-25"], "candidates": [ROUNDED, WHOLE], "gate_dataset_name": str(place / "data"),
-        "gate_max_new_tokens": NUM_TOKENS, "sensitivity_prompts": 24, "sensitivity_answers": 2,
+        "keep_gate": ["rougeL>=-25", "length>=-4"], "candidates": [ROUNDED, WHOLE],
+        "gate_dataset_name": str(place / "data"), "gate_max_new_tokens": NUM_TOKENS, "sensitivity_prompts": 24,
+        "sensitivity_answers": 2,
     }  # fmt: skip
     return keep_gate(order, KeepGateArguments(**chosen | given))
 
 
+def script(*arguments):
+    """Run compress/quantize.py in this process; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["quantize.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(ROOT / "compress" / "quantize.py"), run_name="__main__")
+    return left.value.code
+
+
 @pytest.fixture(scope="module")
 def found(place):
-    """A search from beginning to end."""
-    manifest = search(place, "out")
+    """A search from beginning to end, as a user starts it."""
     folder = place / "out"
+    given = {
+        "model_name_or_path": place / "model", "scheme": "mixed", "output_dir": folder, "keep_gate": ["rougeL>=-25"],
+        "candidates": [ROUNDED, WHOLE], "gate_dataset_name": place / "data", "gate_max_new_tokens": NUM_TOKENS,
+        "sensitivity_prompts": 24, "sensitivity_answers": 2,
+    }  # fmt: skip
+    assert script(*options(**given), "--keep_gate", "length>=-4") == 0
+    manifest = artifacts.read_manifest(folder)
     return SimpleNamespace(folder=folder, manifest=manifest, report=json.loads((folder / RESULT).read_text()))
 
 
@@ -122,7 +140,8 @@ def test_search_and_verdict_are_on_different_rows_and_both_told(found):
     [verdict] = found.report["verdicts"]
     assert verdict["split"] == "test"
     assert verdict["passed"]
-    assert found.manifest.metrics["verdict"]["verdicts"][0]["gate"] == "rougeL>=-25"
+    gates = [one["gate"] for one in found.manifest.metrics["verdict"]["verdicts"]]
+    assert gates == ["rougeL>=-25", "length>=-4"], "none is lost when the option is given twice"
     passing = [one["num_bytes"] for one in plans if one["passed"]]
     assert found.manifest.metrics["layer_bytes"] == min(passing)
 
@@ -154,11 +173,12 @@ def test_a_killed_search_goes_on_to_the_same_numbers(place, found, monkeypatch):
 
     calls.clear()
     monkeypatch.setattr(Meter, "damage", counted)
-    search(place, "killed", resume=True)
+    search(place, "killed", resume=True, most_plans=2)  # the cheapest, and the safest, which passes
     report = json.loads((place / "killed" / RESULT).read_text())
     assert calls.count(1) == len(report["layers"]) - 5
-    for name in ("layers", "plan"):
-        assert report[name] == json.loads((found.folder / RESULT).read_text())[name]
+    assert report["layers"] == found.report["layers"]
+    assert set(report["plan"].values()) == {WHOLE}
+    assert not report["search"]["complete"]
 
 
 def test_no_plan_passes_and_it_is_said_why(place):
@@ -177,7 +197,7 @@ def test_no_plan_passes_and_it_is_said_why(place):
         ({"keep_gate": []}, "keep_gate: scheme mixed needs"),
         ({"keep_gate": ["toxicity<0.2x"]}, "keep_gate: toxicity<0.2x"),
         ({"keep_gate": ["toxicity<=+0.01"]}, "keep_gate: toxicity.*toxicity_model_name_or_path"),
-        ({"keep_gate": ["nonsense>=+1"]}, "no nonsense; there are rouge1"),
+        ({"keep_gate": ["nonsense>=+1"]}, "have no nonsense; there are .*rougeL"),
         ({"keep_gate": ["recovery>=0.9"]}, "keep_gate: recovery"),
         ({"candidates": ["onnx_int4"]}, "candidates: give at least two"),
         ({"candidates": ["onnx_int4", "onnx_int3"]}, "onnx_int3 is unknown"),
@@ -192,6 +212,12 @@ def test_bad_input(place, given, message):
     with pytest.raises(InputError, match=message):
         search(place, "bad", overwrite_output_dir=True, **given)
     assert not (place / "bad" / "yunque.json").exists()
+
+
+def test_gates_are_for_scheme_mixed_only(place, capsys):
+    given = {"model_name_or_path": place / "model", "output_dir": place / "bad", "keep_gate": ["rougeL>=-1"]}
+    assert script(*options(scheme="onnx_int4", **given)) == 2
+    assert capsys.readouterr().err.startswith("error: keep_gate: is for scheme mixed")
 
 
 def test_candidates_by_name():

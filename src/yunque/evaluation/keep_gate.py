@@ -22,13 +22,13 @@ from yunque.compression.schemes import FLOAT32, LayerScheme, PrecisionPlan
 from yunque.compression.sensitivity import Damage, Measured, Meter, measure
 from yunque.compression.substitution import Target
 from yunque.errors import CheckFailed, InputError
+from yunque.evaluation.gated_plans import GatedPlans, Judgement, check_measured, plan_key
 from yunque.evaluation.gates import Gate, parse_gate
 from yunque.evaluation.judging import ToxicityJudge
 from yunque.evaluation.progress import Progress, write_atomically
 from yunque.evaluation.prompting import prepare
 from yunque.evaluation.sensitivity import MeterSettings, build_meter, targets, torch_generator
 from yunque.evaluation.sensitivity_report import plot_sensitivity, sensitivity_table
-from yunque.evaluation.variants import Judgement, Variants, check_measured, plan_key
 from yunque.export.folder import write_folder
 from yunque.export.quantized import Layer, applied, quantizable_layers
 from yunque.export.source import Source, load_source
@@ -49,7 +49,7 @@ class Work:
     args: KeepGateArguments
     gates: list[Gate]
     source: Source
-    variants: Variants
+    plans: GatedPlans
     folder: Path
     console: Console
     schemes: dict[str, dict[str, LayerScheme]]  # layer -> candidate -> what it gives the layer
@@ -100,10 +100,10 @@ def prepare_work(order: QuantizationArguments, args: KeepGateArguments) -> Work:
     if source.kind == "classifier":
         raise InputError(f"model_name_or_path: {model} is a classifier, which gives no answers to gate")
     layers = quantizable_layers(source)
-    variants = Variants(source, args, gates, folder, order.seed, _dataset(source, args))
+    plans = GatedPlans(source, args, gates, folder, order.seed, _dataset(source, args))
     console = Console(soft_wrap=True)
     schemes = _schemes(order, args, layers)
-    return Work(order, args, gates, source, variants, folder, console, schemes, targets(source, layers))
+    return Work(order, args, gates, source, plans, folder, console, schemes, targets(source, layers))
 
 
 def _schemes(
@@ -193,7 +193,7 @@ def measure_layers(work: Work) -> list[Measured]:
     if differences := progress.differences():
         raise InputError(f"resume: the search in {work.folder} differs in {', '.join(differences)}; start again")
     progress.begin()
-    check_measured(work.gates, work.variants.aligned(args.search_split), args.unaligned_name_or_path)
+    check_measured(work.gates, work.plans.aligned(args.search_split), args.unaligned_name_or_path)
     done = [_measured(record) for record in progress.records().values()]
     layers = {
         name: (work.targets[name], {key: scheme for key, scheme in schemes.items() if scheme.is_quantized})
@@ -222,7 +222,7 @@ def meter_of(work: Work) -> Meter:
     source = work.source
     if device.type != "cpu":  # the exporter goes on reading the weights of the other
         source = load_source(source.name, work.order.model_revision, work.order.trust_remote_code)
-    held_out = work.variants.held_out(args.search_split)
+    held_out = work.plans.held_out(args.search_split)
     held_out.max_test_samples = min(args.sensitivity_prompts, held_out.max_test_samples or args.sensitivity_prompts)
     prompts = prepare(torch_generator(source, device), held_out, source.name, args.gate_max_new_tokens)
     judge = None
@@ -266,7 +266,7 @@ def search_plan(work: Work, measured: Sequence[Measured]) -> tuple[list[Unit], S
 
     def check(choices: Choices) -> tuple[bool, float]:
         plan = plan_of(work, units, choices)
-        judgement = work.variants.judge(plan, args.search_split, args.search_confidence)
+        judgement = work.plans.judge(plan, args.search_split, args.search_confidence)
         size = sum(unit.choices[number].num_bytes for unit, number in zip(units, choices, strict=True))
         work.console.print(
             f"plan {plan_key(plan)}: {size:,} bytes: {'passes' if judgement.passed else 'does not pass'} on"
@@ -328,7 +328,7 @@ def _verdicts(work: Work, units: Sequence[Unit], search: Search) -> list[tuple[P
     found = []
     for one in passed:
         plan = plan_of(work, units, one.choices)
-        judgement = work.variants.judge(plan, args.verdict_split, confidence)
+        judgement = work.plans.judge(plan, args.verdict_split, confidence)
         found.append((plan, judgement))
         for line in judgement.lines():
             work.console.print(f"{args.verdict_split}: plan {plan_key(plan)}: {line}", markup=False, highlight=False)
@@ -340,7 +340,7 @@ def _verdicts(work: Work, units: Sequence[Unit], search: Search) -> list[tuple[P
 def _no_plan(work: Work, units: Sequence[Unit], search: Search) -> str:
     nearest = min(search.trace, key=lambda one: one.excess)
     plan = plan_of(work, units, nearest.choices)
-    lines = work.variants.judge(plan, work.args.search_split, work.args.search_confidence).lines()
+    lines = work.plans.judge(plan, work.args.search_split, work.args.search_confidence).lines()
     return (
         f"keep_gate: no plan of {', '.join(work.args.candidates)} passes on {work.args.search_split}, not even the"
         f" least damaging; the nearest of {len(search.trace)}: {'; '.join(lines)}"
@@ -368,7 +368,7 @@ def _report(
     trace = []
     for one in search.trace:
         tried = plan_of(work, units, one.choices)
-        judgement = work.variants.judge(tried, args.search_split, args.search_confidence)
+        judgement = work.plans.judge(tried, args.search_split, args.search_confidence)
         trace.append({"num_bytes": one.num_bytes, "plan": as_schemes(units, one.choices), **judgement.as_dict()})
     report = {
         "schema": _SCHEMA,

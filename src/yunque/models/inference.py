@@ -18,6 +18,7 @@ from yunque.models.quantized import is_quantized, keep_packing, without_float32_
 FULL, ADAPTER, NF4, INT8 = "full", "adapter", "nf4", "int8"
 
 _MODEL_FILES = {".bin", ".data", ".json", ".jinja", ".model", ".onnx", ".onnx_data", ".safetensors", ".txt"}
+_OUR_FILES = {"yunque.json", "classification.json", "plan.json", "sensitivity.json"}  # which no engine loads
 _STORED_SCALES = (".weight.absmax", ".SCB")  # of nf4 and of int8, beside the packed weight of their module
 
 
@@ -91,7 +92,7 @@ def model_bytes(folder: str) -> int | None:
 
 
 def _is_model_file(path: Path) -> bool:
-    is_ours = path.name in ("yunque.json", "classification.json") or path.suffix == ".jsonl"
+    is_ours = path.name in _OUR_FILES or path.suffix == ".jsonl"
     return path.suffix in _MODEL_FILES and not is_ours
 
 

@@ -59,7 +59,7 @@ class Judgement:
         }
 
 
-class Variants:
+class GatedPlans:
     """Evaluations of plans of ``source`` below ``folder``, which a run that was stopped finds there again."""
 
     def __init__(
@@ -67,7 +67,7 @@ class Variants:
     ) -> None:
         self.source, self.args, self.gates, self.folder = source, args, gates, folder
         self.seed, self.dataset = seed, dataset
-        self.last: Evaluation | None = None  # of the plan that was judged last
+        self._judged: dict[tuple[str, str, float], Judgement] = {}
 
     def held_out(self, split: str) -> HeldOutArguments:
         """The rows of a split."""
@@ -91,11 +91,17 @@ class Variants:
             InputError: a gate that nothing measured, or that cannot be judged of any model.
         """
         name = plan_key(plan)
+        known = (name, split, confidence)
+        if known not in self._judged:
+            self._judged[known] = self._judge(name, plan, split, confidence)
+        return self._judged[known]
+
+    def _judge(self, name: str, plan: PrecisionPlan, split: str, confidence: float) -> Judgement:
         baseline, base = self.aligned(split), None
         if self.args.unaligned_name_or_path is not None:
             base = self._evaluation(_UNALIGNED, self.args.unaligned_name_or_path, split)
         try:
-            candidate = self.last = self._candidate(name, plan, split)
+            candidate = self.evaluation(plan, split)
         except NoAnswers as error:
             return Judgement(split, False, float("inf"), [], str(error))
         options = Options(resampling=Resampling(confidence=confidence))
@@ -119,7 +125,9 @@ class Variants:
         )
         return written
 
-    def _candidate(self, name: str, plan: PrecisionPlan, split: str) -> Evaluation:
+    def evaluation(self, plan: PrecisionPlan, split: str) -> Evaluation:
+        """Export ``plan`` and let it answer the prompts of ``split``."""
+        name = plan_key(plan)
         place = self._place(name, split)
         exported = self.folder / "plans" / name
         if not (place / RESULT).is_file():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from yunque.errors import InputError
+from yunque.export import quantized
 from yunque.export.graph import Array, Graph
 
 MASKED = float(np.finfo(np.float32).min) / 2  # two of them still add up to a number
@@ -67,10 +68,6 @@ class Decoder:
         self.last_position = graph.input("last_position", "int32", ("rows",))
         self.total_length = graph.input("total_length", "int32", ())
         self.logit_rows = graph.input("logit_rows", "int64", ("logit_rows",))
-
-    def embed(self, name: str, weight: Array, ids: str | None = None) -> str:
-        """Rows of an embedding table; of the input tokens unless ``ids`` says otherwise."""
-        return self.graph.op("Gather", self.graph.weight(name, weight), ids or self.input_ids, axis=0)
 
     def cached_attention(
         self,
@@ -155,10 +152,7 @@ class Decoder:
         graph = self.graph
         flat = graph.op("Reshape", hidden, graph.constant([-1, weight.shape[1]], "int64"))
         wanted = graph.op("Gather", flat, self.logit_rows, axis=0)
-        inputs = [wanted, graph.weight(name, weight, key)]
-        if bias is not None and bias.any():
-            inputs.append(graph.weight(f"{name}.bias", bias.reshape(-1)))
-        logits = graph.op("Gemm", *inputs, transB=1, alpha=scale)
+        logits = quantized.head(graph, wanted, name, weight, key, scale, bias)
         graph.output(logits, "logits", "float32", ("logit_rows", weight.shape[0]))
 
 

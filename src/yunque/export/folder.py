@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import onnx
+from numpy.typing import NDArray
 
 from yunque import artifacts
+from yunque.compression.schemes import PrecisionPlan
 from yunque.errors import InputError
 from yunque.export.arguments import ExportArguments
 from yunque.export.graph import Graph
 from yunque.export.optimum_parity import check_optimum_parity
 from yunque.export.parity import check_parity, find_prompts
+from yunque.export.quantized import Precision, Written
 from yunque.export.source import Source, load_source
 from yunque.export.weights import WeightFile
 from yunque.runtime.spec import ModelSpec
@@ -64,12 +67,23 @@ def export(args: ExportArguments) -> artifacts.Manifest:
     )
 
 
-def write_folder(source: Source, folder: Path) -> None:
-    """Write graphs, weights, ``runtime.json``, configuration and tokenizer of ``source`` into ``folder``."""
+def write_folder(
+    source: Source,
+    folder: Path,
+    precision: PrecisionPlan | None = None,
+    importance: Mapping[str, NDArray[Any]] | None = None,
+) -> list[Written]:
+    """Write graphs, weights, ``runtime.json``, configuration and tokenizer of ``source`` into ``folder``.
+
+    Layers are float32 unless ``precision`` says otherwise; ``importance`` is the mean square [in] of their inputs.
+    Returns what became of each.
+    """
+    progress = Precision(precision or PrecisionPlan(), importance or {})
     with WeightFile(folder) as weights:
-        files = _save_graphs(source.graphs(weights), folder)
+        files = _save_graphs(source.graphs(weights, progress), folder)
     specification(source, files).save(folder)
     _save_configuration(source, folder)
+    return list(progress.written.values())
 
 
 def write_optimum_folder(source: Source, folder: Path) -> None:

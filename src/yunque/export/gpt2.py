@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from yunque.export.decoder import Decoder, Heads
-from yunque.export.graph import Config, Graph, State
+from yunque.export.graph import Config, Graph, State, untransposed
 
 EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"
 
 
-def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:
-    """Everything from tokens to logits; ``tied`` says that the head is the embedding."""
+def decode(decoder: Decoder, config: Config, state: State, tied_to: str) -> None:
+    """Everything from tokens to logits; ``tied_to`` names the head that is the embedding too, if any."""
     graph = decoder.graph
+    found = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], tied_to)
     places = "transformer.wpe.weight"
-    residual = graph.op(
-        "Add", decoder.embed(EMBEDDING, state[EMBEDDING]), decoder.embed(places, state[places], decoder.positions)
-    )
+    placed = graph.op("Gather", graph.weight(places, state[places]), decoder.positions, axis=0)
+    residual = graph.op("Add", found, placed)
     norm = _Norms(graph, config, state)
     branch = ("", "")
     for layer in range(config.n_layer):
@@ -23,17 +23,17 @@ def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:
         normed, residual = norm(residual, branch, f"{name}.ln_1")
         # GPT-2's layers keep their weights as [in, out], queries, keys and values already side by side.
         qkv = graph.linear(
-            normed, f"{name}.qkv", state[f"{name}.attn.c_attn.weight"], state[f"{name}.attn.c_attn.bias"]
+            normed, f"{name}.qkv", untransposed(state, f"{name}.attn.c_attn.weight"), state[f"{name}.attn.c_attn.bias"]
         )
         mixed = decoder.cached_attention(qkv, layer, _heads(config, state, name), scale=_scale(config, layer))
         branch = _product(graph, state, mixed, f"{name}.attn.c_proj")
         normed, residual = norm(residual, branch, f"{name}.ln_2")
         up = f"{name}.mlp.c_fc"
-        inner = graph.linear(normed, up, state[f"{up}.weight"], state[f"{up}.bias"])
+        inner = graph.linear(normed, up, untransposed(state, f"{up}.weight"), state[f"{up}.bias"])
         inner = graph.activation(inner, config.activation_function)
         branch = _product(graph, state, inner, f"{name}.mlp.c_proj")
     hidden, _ = norm(residual, branch, "transformer.ln_f")
-    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD)
+    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied_to else HEAD)
 
 
 class _Norms:
@@ -54,7 +54,7 @@ class _Norms:
 
 def _product(graph: Graph, state: State, value: str, name: str) -> tuple[str, str]:
     """``value`` times the weight of ``name``, and its bias for the next norm to add."""
-    product = graph.op("MatMul", value, graph.weight(f"{name}.weight", state[f"{name}.weight"]))
+    product = graph.linear(value, name, untransposed(state, f"{name}.weight"))
     return product, graph.weight(f"{name}.bias", state[f"{name}.bias"])
 
 

@@ -15,15 +15,16 @@ _FUSED_ROTARY_MULTIPLE = 16
 """Head sizes the rotary part of the attention kernel takes."""
 
 
-def decode(decoder: Decoder, config: Config, state: State, tied: bool, model: PreTrainedModel) -> None:
-    """Everything from tokens to logits; ``tied`` says that the head is the embedding.
+def decode(decoder: Decoder, config: Config, state: State, tied_to: str, model: PreTrainedModel) -> None:
+    """Everything from tokens to logits; ``tied_to`` names the head that is the embedding too, if any.
 
     Raises:
         InputError: rotary embeddings that change with the length of the text, heads of an odd size.
     """
     graph = decoder.graph
     rotary = _rotary(config, model)
-    residual, branch = decoder.embed(EMBEDDING, state[EMBEDDING]), ""
+    residual = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], tied_to)
+    branch = ""
     for layer in range(config.num_hidden_layers):
         name = f"model.layers.{layer}"
         gain = f"{name}.input_layernorm.weight"
@@ -33,7 +34,7 @@ def decode(decoder: Decoder, config: Config, state: State, tied: bool, model: Pr
         normed, residual = _norm(graph, config, state, residual, branch, gain)
         branch = _feed_forward(graph, config, state, f"{name}.mlp", normed)
     hidden, _ = _norm(graph, config, state, residual, branch, "model.norm.weight")
-    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD)
+    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied_to else HEAD)
 
 
 def _norm(graph: Graph, config: Config, state: State, residual: str, branch: str, name: str) -> tuple[str, str]:
@@ -65,7 +66,7 @@ def _attention(
         queries, keys = (decoder.rotate(rotary, part) for part in (queries, keys))
         mixed = decoder.cached_attention(queries, layer, heads, keys=keys, values=values, **options)
     bias = state.get(f"{name}.o_proj.bias")
-    return graph.linear(mixed, f"{name}.o_proj", transposed(state[f"{name}.o_proj.weight"]), bias)
+    return graph.linear(mixed, f"{name}.o_proj", transposed(state, f"{name}.o_proj.weight"), bias)
 
 
 def _norm_heads(graph: Graph, config: Config, state: State, name: str, value: str, size: int) -> str:
@@ -81,7 +82,7 @@ def _feed_forward(graph: Graph, config: Config, state: State, name: str, value: 
     opened, lifted = graph.split(both, [state[weight].shape[0] for weight in weights], axis=-1)
     inner = graph.op("Mul", graph.activation(opened, config.hidden_act), lifted)
     bias = state.get(f"{name}.down_proj.bias")
-    return graph.linear(inner, f"{name}.down_proj", transposed(state[f"{name}.down_proj.weight"]), bias)
+    return graph.linear(inner, f"{name}.down_proj", transposed(state, f"{name}.down_proj.weight"), bias)
 
 
 def _window(config: Config, layer: int) -> int:

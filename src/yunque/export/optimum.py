@@ -8,6 +8,7 @@ The weights lie in the one file that all graphs of a folder share.
 
 from __future__ import annotations
 
+from yunque.export import quantized
 from yunque.export.decoder import MASKED, Decoder, Heads, NewGraph, Parts, Rotary
 from yunque.export.graph import Array, Graph
 
@@ -100,10 +101,8 @@ class OptimumDecoder(Decoder):
     ) -> None:
         """The output ``logits`` [batch, length, vocabulary], of all tokens."""
         graph, (vocabulary, features) = self.graph, weight.shape
-        inputs = [graph.op("Reshape", hidden, graph.constant([-1, features], "int64")), graph.weight(name, weight, key)]
-        if bias is not None and bias.any():
-            inputs.append(graph.weight(f"{name}.bias", bias.reshape(-1)))
-        flat = graph.op("Gemm", *inputs, transB=1, alpha=scale)
+        rows = graph.op("Reshape", hidden, graph.constant([-1, features], "int64"))
+        flat = quantized.head(graph, rows, name, weight, key, scale, bias)
         shape = graph.op("Concat", graph.op("Shape", self.input_ids), graph.constant([vocabulary], "int64"), axis=0)
         graph.output(graph.op("Reshape", flat, shape), "logits", "float32", ("batch_size", "length", vocabulary))
 

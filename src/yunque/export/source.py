@@ -17,6 +17,7 @@ from yunque.errors import InputError
 from yunque.export import decoder, optimum
 from yunque.export.decoder import Parts
 from yunque.export.graph import ACTIVATIONS, Config, Graph, State
+from yunque.export.quantized import Precision
 from yunque.export.weights import WeightFile
 from yunque.models.arguments import ModelArguments
 from yunque.models.loading import adapter_config, load_base, load_classifier, load_config
@@ -55,8 +56,12 @@ class Source:
         """The weights by name, without a copy."""
         return {name: tensor.detach().numpy() for name, tensor in self.model.state_dict().items()}
 
-    def graphs(self, weights: WeightFile, *, for_optimum: bool = False) -> dict[str, Graph]:
-        """Write the model's graphs, its weights into ``weights``; for our runtime or for optimum-onnx.
+    def graphs(
+        self, weights: WeightFile, precision: Precision | None = None, *, for_optimum: bool = False
+    ) -> dict[str, Graph]:
+        """Write the model's graphs, its weights into ``weights``, in float32 unless ``precision`` says otherwise.
+
+        They are our runtime's, or ``for_optimum`` those of optimum-onnx.
 
         Raises:
             InputError: an activation or another choice of the configuration that the graphs cannot express.
@@ -66,25 +71,25 @@ class Source:
             if activation not in ACTIVATIONS:
                 known = ", ".join(sorted(ACTIVATIONS))
                 raise InputError(f"model_name_or_path: activation {activation} cannot be exported; {known} can")
-        state = self.state()
+        state, precision = self.state(), precision or Precision()
         if self.kind == "classifier":
             from yunque.export import classifiers
 
-            made = classifiers.graphs(self.config, state, weights, token_types=for_optimum)
+            made = classifiers.graphs(self.config, state, weights, precision, token_types=for_optimum)
             return {"model": made["classifier"]} if for_optimum else made
         layout = optimum if for_optimum else decoder
-        return layout.graphs(self._parts(state), lambda name: Graph(name, weights))
+        return layout.graphs(self._parts(state), lambda name: Graph(name, weights, precision))
 
     def _parts(self, state: State) -> Parts:
         family: Any = importlib.import_module(f"yunque.export.{_LANGUAGE_FAMILIES[self.config.model_type][1]}")
         tied = _address(self.model.get_output_embeddings()) == _address(self.model.get_input_embeddings())
         options: Mapping[str, Any] = {"model": self.model} if family.__name__.endswith(".llama") else {}
-        config = self.config
+        config, tied_to = self.config, family.HEAD if tied else ""
         is_seq2seq = self.kind == "seq2seq"
         return Parts(
-            (lambda graph: family.encode(graph, config, state)) if is_seq2seq else None,
+            (lambda graph: family.encode(graph, config, state, tied_to)) if is_seq2seq else None,
             (lambda graph, hidden: family.cross(graph, config, state, hidden)) if is_seq2seq else None,
-            lambda writer: family.decode(writer, config, state, tied, **options),
+            lambda writer: family.decode(writer, config, state, tied_to, **options),
         )
 
 

@@ -13,11 +13,11 @@ EMBEDDING = "shared.weight"
 HEAD = "lm_head.weight"
 
 
-def encode(graph: Graph, config: Config, state: State) -> str:
-    """The encoder's hidden states."""
+def encode(graph: Graph, config: Config, state: State, tied_to: str) -> str:
+    """The encoder's hidden states; ``tied_to`` names the head that is the embedding too, if any."""
     ids = graph.input("input_ids", "int64", ("rows", "source"))
     mask = graph.op("Cast", graph.input("attention_mask", "int64", ("rows", "source")), to=6)  # int32
-    hidden = graph.op("Gather", graph.weight(EMBEDDING, state[EMBEDDING]), ids, axis=0)
+    hidden = graph.embedding(ids, EMBEDDING, state[EMBEDDING], tied_to)
     bias = _encoder_bias(graph, config, state, ids)
     epsilon = config.layer_norm_epsilon
     branch, sublayers = "", _Norms(graph, epsilon)
@@ -28,7 +28,7 @@ def encode(graph: Graph, config: Config, state: State) -> str:
         normed, hidden = sublayers(hidden, branch, f"{name}.0.layer_norm.weight", state)
         qkv = graph.linear(normed, f"{attention}.qkv", fused(state, *(f"{attention}.{part}.weight" for part in "qkv")))
         mixed = encoder_attention(graph, qkv, heads, scale=1.0, padding_mask=mask, bias=bias)
-        branch = graph.linear(mixed, f"{attention}.o", transposed(state[f"{attention}.o.weight"]))
+        branch = graph.linear(mixed, f"{attention}.o", transposed(state, f"{attention}.o.weight"))
         normed, hidden = sublayers(hidden, branch, f"{name}.1.layer_norm.weight", state)
         branch = _feed_forward(graph, config, state, f"{name}.1.DenseReluDense", normed)
     return sublayers(hidden, branch, "encoder.final_layer_norm.weight", state)[0]
@@ -46,11 +46,11 @@ def cross(graph: Graph, config: Config, state: State, hidden: str) -> list[tuple
     ]
 
 
-def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:
-    """Everything from tokens to logits; ``tied`` says that the head is the embedding."""
+def decode(decoder: Decoder, config: Config, state: State, tied_to: str) -> None:
+    """Everything from tokens to logits."""
     graph = decoder.graph
     cross_bias = decoder.cross_bias()
-    hidden = decoder.embed(EMBEDDING, state[EMBEDDING])
+    hidden = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], tied_to)
     bias = _decoder_bias(decoder, config, state)
     branch, sublayers = "", _Norms(graph, config.layer_norm_epsilon)
     for layer in range(config.num_decoder_layers):
@@ -59,17 +59,17 @@ def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:
         normed, hidden = sublayers(hidden, branch, f"{name}.0.layer_norm.weight", state)
         qkv = graph.linear(normed, f"{own}.qkv", fused(state, *(f"{own}.{part}.weight" for part in "qkv")))
         mixed = decoder.cached_attention(qkv, layer, _heads(config, state, own), scale=1.0, bias=bias)
-        branch = graph.linear(mixed, f"{own}.o", transposed(state[f"{own}.o.weight"]))
+        branch = graph.linear(mixed, f"{own}.o", transposed(state, f"{own}.o.weight"))
         normed, hidden = sublayers(hidden, branch, f"{name}.1.layer_norm.weight", state)
-        queries = graph.linear(normed, f"{cross}.q", transposed(state[f"{cross}.q.weight"]))
+        queries = graph.linear(normed, f"{cross}.q", transposed(state, f"{cross}.q.weight"))
         heads = _heads(config, state, cross)
         mixed = decoder.cross_attention(queries, layer, heads, scale=1.0, bias=cross_bias)
-        branch = graph.linear(mixed, f"{cross}.o", transposed(state[f"{cross}.o.weight"]))
+        branch = graph.linear(mixed, f"{cross}.o", transposed(state, f"{cross}.o.weight"))
         normed, hidden = sublayers(hidden, branch, f"{name}.2.layer_norm.weight", state)
         branch = _feed_forward(graph, config, state, f"{name}.2.DenseReluDense", normed)
     hidden, _ = sublayers(hidden, branch, "decoder.final_layer_norm.weight", state)
     scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
-    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD, scale=scale)
+    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied_to else HEAD, scale=scale)
 
 
 class _Norms:
@@ -98,9 +98,9 @@ def _feed_forward(graph: Graph, config: Config, state: State, name: str, value: 
         opened, lifted = graph.split(both, [state[gate].shape[0], state[up].shape[0]], axis=-1)
         inner = graph.op("Mul", graph.activation(opened, config.dense_act_fn), lifted)
     else:
-        inner = graph.linear(value, f"{name}.wi", transposed(state[f"{name}.wi.weight"]))
+        inner = graph.linear(value, f"{name}.wi", transposed(state, f"{name}.wi.weight"))
         inner = graph.activation(inner, config.dense_act_fn)
-    return graph.linear(inner, f"{name}.wo", transposed(state[f"{name}.wo.weight"]))
+    return graph.linear(inner, f"{name}.wo", transposed(state, f"{name}.wo.weight"))
 
 
 # --- relative positions -----------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def pareto(points: Sequence[Point], *, title: str, x_label: str, y_label: str, h
     ends = [end for point in points for end in (point.y.low, point.y.high, point.y.mean) if math.isfinite(end)]
     room = (max(ends) - min(ends)) * 0.08
     y = _Axis(min(ends) - room, max(ends) + room, _HEIGHT - _BOTTOM, _TOP)
-    best = _frontier(points, higher_is_better)
+    best = frontier(points, higher_is_better)
     corners = [(x.at(point.x), y.at(point.y.mean)) for point in best]
     path = f"M{corners[0][0]} {corners[0][1]}" + "".join(f" H{right} V{height}" for right, height in corners[1:])
     parts = [Markup('<path class="frontier" d="{}"/>').format(path)]
@@ -95,8 +95,8 @@ def pareto(points: Sequence[Point], *, title: str, x_label: str, y_label: str, h
                 )
             )
         parts.append(
-            Markup('<g><title>{}</title><circle class="dot m{}" cx="{}" cy="{}" r="5"/></g>').format(
-                point.shown, number % 6, across, height
+            Markup('<g><title>{}</title><circle class="dot m{}{}" cx="{}" cy="{}" r="5"/></g>').format(
+                point.shown, number % 6, "" if point in best else " beaten", across, height
             )
         )
         parts.append(_label(point.name, across, height, taken))
@@ -104,7 +104,7 @@ def pareto(points: Sequence[Point], *, title: str, x_label: str, y_label: str, h
     return _frame(title, words, x, y, x_label, y_label, parts)
 
 
-def _frontier(points: Sequence[Point], higher_is_better: bool) -> list[Point]:
+def frontier(points: Sequence[Point], higher_is_better: bool) -> list[Point]:
     """Points that no cheaper or equally cheap one beats, cheapest first."""
     sign = 1 if higher_is_better else -1
     kept: list[Point] = []

@@ -29,7 +29,7 @@ FIRST_TOKEN = Cost("first_token_s", "First token", "ms", 1e-3, 1)
 _FIXED = (
     BYTES,
     Cost("start_s", "Start", "s", digits=2),
-    Cost("load_s", "of it loading", "s", digits=2),
+    Cost("load_s", "Load", "s", digits=2),
     Cost("peak_memory_bytes", "Peak memory", "MB", 1e6),
     FIRST_TOKEN,
 )

@@ -28,7 +28,7 @@ from yunque.evaluation.charts import interval_bar
 from yunque.evaluation.comparison import Candidate, Comparison, better_wins, show_interval
 from yunque.evaluation.evaluations import Evaluation, settings_value
 from yunque.evaluation.gates import Verdict
-from yunque.evaluation.report_plots import cost_charts, training_runs
+from yunque.evaluation.report_plots import cost_charts, legend, training_runs
 from yunque.evaluation.scores import score_kind
 from yunque.evaluation.variants import variants_table
 from yunque.metrics.bootstrap import Interval
@@ -76,7 +76,7 @@ def render(
         tables=[_table(one, each) for one in comparisons for each in one.candidates],
         notes=list(dict.fromkeys(note for each in comparisons for note in each.notes)),
         variants=[table for table in (variants_table(each) for each in comparisons) if table],
-        charts=[chart for each in comparisons for chart in cost_charts(each.everyone, each.options.resampling)],
+        charts=[each for each in map(_charts, comparisons) if each["charts"]],
         roads=[_road(each) for each in _unique_models(evaluations)],
         curves=training_runs(evaluations),
         commands=[_reproduction(each) for each in evaluations],
@@ -185,6 +185,11 @@ def read_difference(name: str, interval: Interval) -> tuple[str, str, str]:
         return "changed", "", sign
     good = rises == (better == "higher")
     return ("better", "good", sign) if good else ("worse", "bad", sign)
+
+
+def _charts(comparison: Comparison) -> dict[str, Any]:
+    everyone = comparison.everyone
+    return {"legend": legend(everyone), "charts": cost_charts(everyone, comparison.options.resampling)}
 
 
 def _data(evaluation: Evaluation) -> str:

@@ -38,6 +38,7 @@ _CURVES = {
     "learning_rate": "Learning rate",
 }
 _MAX_CURVES = 6
+_MAX_NAMES = 5  # beside the points of a chart
 
 
 def cost_charts(evaluations: Sequence[Evaluation], how: Resampling) -> list[Markup]:
@@ -51,21 +52,27 @@ def cost_charts(evaluations: Sequence[Evaluation], how: Resampling) -> list[Mark
             each.scores[name][~np.isnan(each.scores[name])] if name in each.scores else None for each in evaluations
         ]
         intervals = [None if column is None else mean_intervals(column[:, None], how)[0] for column in columns]
-        for label, values in costs:
+        for label, values in costs if name != "kl" else costs[:1]:
             points = [
-                Point(each.name, value, interval, _words(each.name, score_kind(name), interval, value, label))
-                for each, value, interval in zip(evaluations, values, intervals, strict=True)
+                Point(each.name, value, interval, _words(each.name, score_kind(name), interval, value, label), number)
+                for number, (each, value, interval) in enumerate(zip(evaluations, values, intervals, strict=True))
                 if value is not None and interval is not None
             ]
             if len(points) > 1:
-                charts.append(_chart(score_kind(name), label, points))
+                charts.append(_chart(score_kind(name), label, points, numbered=bool(legend(evaluations))))
     return charts
 
 
-def _chart(kind: Score, label: str, points: Sequence[Point]) -> Markup:
+def legend(evaluations: Sequence[Evaluation]) -> list[str]:
+    """The names of the models, in the order of their numbers, where they are too many to stand beside their points."""
+    return [each.name for each in evaluations] if len(evaluations) > _MAX_NAMES else []
+
+
+def _chart(kind: Score, label: str, points: Sequence[Point], numbered: bool) -> Markup:
     better = "higher is better" if kind.better == "higher" else "lower is better"
     title = f"{kind.label} against {label.partition(' (')[0]}"
-    return pareto(points, title=title, x_label=label, y_label=better, higher_is_better=kind.better == "higher")
+    rises = kind.better == "higher"
+    return pareto(points, title=title, x_label=label, y_label=better, higher_is_better=rises, numbered=numbered)
 
 
 def _words(name: str, kind: Score, interval: Any, value: float, label: str) -> str:

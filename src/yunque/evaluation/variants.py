@@ -14,7 +14,7 @@ from yunque.evaluation.gates import Verdict
 from yunque.evaluation.scores import score_kind
 from yunque.metrics.paired import Resampling, mean_intervals
 
-_METRICS = ("rougeL", "toxicity", "kl")
+_METRICS = {"rougeL": "ROUGE-L", "toxicity": "Toxicity", "kl": "KL"}
 _SIGNS = {"passed": "✓", "failed": "✗", "inconclusive": "?"}
 
 
@@ -26,7 +26,7 @@ def variants_table(comparison: Comparison) -> dict[str, Any] | None:
     costs = kinds(everyone)
     metrics = [name for name in _METRICS if any(name in each.scores for each in everyone)]
     header = [(cost.label, cost.unit) for cost in costs]
-    header += [(score_kind(name).label, score_kind(name).unit) for name in metrics]
+    header += [(_METRICS[name], score_kind(name).unit.partition(" of ")[0]) for name in metrics]
     found = {each.evaluation.name: each for each in comparison.candidates}
     rows = [_row(comparison, each, found.get(each.name), costs, metrics) for each in everyone]
     _mark_best(rows, costs)
@@ -68,7 +68,8 @@ def _metric_cell(evaluation: Evaluation, name: str, how: Resampling) -> dict[str
 
 
 def _gate(verdict: Verdict) -> dict[str, str]:
-    return {"text": verdict.gate.text, "status": verdict.status, "sign": _SIGNS[verdict.status]}
+    name = verdict.gate.metric if verdict.gate.kind != "recovery" else "recovery"
+    return {"name": name, "text": verdict.gate.text, "status": verdict.status, "sign": _SIGNS[verdict.status]}
 
 
 def _mark_best(rows: list[dict[str, Any]], costs: list[Cost]) -> None:

@@ -11,13 +11,13 @@ _OFFSET = 2  # of BART's table of positions
 _EPSILON = 1e-5  # of its norms, torch's default
 
 
-def encode(graph: Graph, config: Config, state: State, tied_to: str) -> str:
-    """The encoder's hidden states; ``tied_to`` names the head that is the embedding too, if any."""
+def encode(graph: Graph, config: Config, state: State, tied: bool) -> str:
+    """The encoder's hidden states; ``tied`` says that the decoder's head is the embedding."""
     ids = graph.input("input_ids", "int64", ("rows", "source"))
     mask = graph.op("Cast", graph.input("attention_mask", "int64", ("rows", "source")), to=6)  # int32
     length = graph.op("Gather", graph.op("Shape", ids), graph.constant(1, "int64"), axis=0)
     positions = graph.op("Range", graph.constant(0, "int64"), length, graph.constant(1, "int64"))
-    hidden = _embed(graph, config, state, "model.encoder", ids, positions, tied_to)
+    hidden = _embed(graph, config, state, "model.encoder", ids, positions, tied)
     for layer in range(config.encoder_layers):
         name = f"model.encoder.layers.{layer}"
         own = f"{name}.self_attn"
@@ -36,11 +36,11 @@ def cross(graph: Graph, config: Config, state: State, hidden: str) -> list[tuple
     return [(_projection(graph, state, hidden, name, "kv"), _heads(size, state, name)) for name in names]
 
 
-def decode(decoder: Decoder, config: Config, state: State, tied_to: str) -> None:
-    """Everything from tokens to logits."""
+def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:
+    """Everything from tokens to logits; ``tied`` says that the head is the embedding."""
     graph = decoder.graph
     cross_bias = decoder.cross_bias()
-    hidden = _embed(graph, config, state, "model.decoder", decoder.input_ids, decoder.positions, tied_to)
+    hidden = _embed(graph, config, state, "model.decoder", decoder.input_ids, decoder.positions, tied)
     size = config.d_model // config.decoder_attention_heads
     for layer in range(config.decoder_layers):
         name = f"model.decoder.layers.{layer}"
@@ -54,13 +54,13 @@ def decode(decoder: Decoder, config: Config, state: State, tied_to: str) -> None
         hidden = _add_norm(graph, state, f"{cross}.out_proj", f"{cross}_layer_norm", mixed, hidden)
         hidden = _feed_forward(graph, config, state, name, hidden)
     bias = state["final_logits_bias"]
-    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied_to else HEAD, bias=bias)
+    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD, bias=bias)
 
 
-def _embed(graph: Graph, config: Config, state: State, prefix: str, ids: str, positions: str, tied_to: str) -> str:
+def _embed(graph: Graph, config: Config, state: State, prefix: str, ids: str, positions: str, tied: bool) -> str:
     name = f"{prefix}.embed_tokens.weight"
     shared = state[name].ctypes.data == state[EMBEDDING].ctypes.data  # unless the model was made untied
-    found = graph.embedding(ids, EMBEDDING if shared else name, state[name], tied_to if shared else "")
+    found = graph.embedding(ids, EMBEDDING if shared else name, state[name], HEAD if shared and tied else "")
     if config.scale_embedding:
         found = graph.op("Mul", found, graph.constant(config.d_model**0.5, "float32"))
     table = f"{prefix}.embed_positions.weight"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from yunque.export.decoder import Heads, encoder_attention
+from yunque.export.decoder import Heads, NewGraph, encoder_attention
 from yunque.export.graph import Array, Config, Graph, State, fused, fused_bias, transposed
-from yunque.export.quantized import Precision
-from yunque.export.weights import WeightFile
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,12 @@ _DISTILBERT = _Names(
 _LAYER_NORM_EPSILON = 1e-12  # of DistilBERT, which fixes it in its code
 
 
-def graphs(
-    config: Config, state: State, weights: WeightFile, precision: Precision, *, token_types: bool = False
-) -> dict[str, Graph]:
+def graphs(config: Config, state: State, new_graph: NewGraph, *, token_types: bool = False) -> dict[str, Graph]:
     """One graph: ``input_ids`` and ``attention_mask`` (padding on the right) to ``logits`` [rows, labels].
 
     With ``token_types`` a model that tells the two texts of a pair apart gets ``token_type_ids`` too.
     """
-    graph = Graph("classifier", weights, precision)
+    graph = new_graph("classifier")
     ids = graph.input("input_ids", "int64", ("rows", "length"))
     mask = graph.op("Cast", graph.input("attention_mask", "int64", ("rows", "length")), to=6)  # int32
     distil = config.model_type == "distilbert"

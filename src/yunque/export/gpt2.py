@@ -9,11 +9,11 @@ EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"
 
 
-def decode(decoder: Decoder, config: Config, state: State, tied_to: str) -> None:
-    """Everything from tokens to logits; ``tied_to`` names the head that is the embedding too, if any."""
+def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:
+    """Everything from tokens to logits; ``tied`` says that the head is the embedding."""
     graph = decoder.graph
-    found = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], tied_to)
     places = "transformer.wpe.weight"
+    found = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], HEAD if tied else "")
     placed = graph.op("Gather", graph.weight(places, state[places]), decoder.positions, axis=0)
     residual = graph.op("Add", found, placed)
     norm = _Norms(graph, config, state)
@@ -33,7 +33,7 @@ def decode(decoder: Decoder, config: Config, state: State, tied_to: str) -> None
         inner = graph.activation(inner, config.activation_function)
         branch = _product(graph, state, inner, f"{name}.mlp.c_proj")
     hidden, _ = norm(residual, branch, "transformer.ln_f")
-    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied_to else HEAD)
+    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD)
 
 
 class _Norms:

@@ -15,15 +15,15 @@ _FUSED_ROTARY_MULTIPLE = 16
 """Head sizes the rotary part of the attention kernel takes."""
 
 
-def decode(decoder: Decoder, config: Config, state: State, tied_to: str, model: PreTrainedModel) -> None:
-    """Everything from tokens to logits; ``tied_to`` names the head that is the embedding too, if any.
+def decode(decoder: Decoder, config: Config, state: State, tied: bool, model: PreTrainedModel) -> None:
+    """Everything from tokens to logits; ``tied`` says that the head is the embedding.
 
     Raises:
         InputError: rotary embeddings that change with the length of the text, heads of an odd size.
     """
     graph = decoder.graph
     rotary = _rotary(config, model)
-    residual = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], tied_to)
+    residual = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], HEAD if tied else "")
     branch = ""
     for layer in range(config.num_hidden_layers):
         name = f"model.layers.{layer}"
@@ -34,7 +34,7 @@ def decode(decoder: Decoder, config: Config, state: State, tied_to: str, model: 
         normed, residual = _norm(graph, config, state, residual, branch, gain)
         branch = _feed_forward(graph, config, state, f"{name}.mlp", normed)
     hidden, _ = _norm(graph, config, state, residual, branch, "model.norm.weight")
-    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied_to else HEAD)
+    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD)
 
 
 def _norm(graph: Graph, config: Config, state: State, residual: str, branch: str, name: str) -> tuple[str, str]:

@@ -8,7 +8,6 @@ The weights lie in the one file that all graphs of a folder share.
 
 from __future__ import annotations
 
-from yunque.export import quantized
 from yunque.export.decoder import MASKED, Decoder, Heads, NewGraph, Parts, Rotary
 from yunque.export.graph import Array, Graph
 
@@ -101,8 +100,10 @@ class OptimumDecoder(Decoder):
     ) -> None:
         """The output ``logits`` [batch, length, vocabulary], of all tokens."""
         graph, (vocabulary, features) = self.graph, weight.shape
-        rows = graph.op("Reshape", hidden, graph.constant([-1, features], "int64"))
-        flat = quantized.head(graph, rows, name, weight, key, scale, bias)
+        inputs = [graph.op("Reshape", hidden, graph.constant([-1, features], "int64")), graph.weight(name, weight, key)]
+        if bias is not None and bias.any():
+            inputs.append(graph.weight(f"{name}.bias", bias.reshape(-1)))
+        flat = graph.op("Gemm", *inputs, transB=1, alpha=scale)
         shape = graph.op("Concat", graph.op("Shape", self.input_ids), graph.constant([vocabulary], "int64"), axis=0)
         graph.output(graph.op("Reshape", flat, shape), "logits", "float32", ("batch_size", "length", vocabulary))
 
@@ -203,8 +204,7 @@ class FirstDecoder(_Seq2SeqDecoder):
 
     def cross_cache(self, layer: int, heads: Heads) -> tuple[str, str]:
         """Its own outputs."""
-        keys, values = self._cross[layer]
-        return self.graph.op("Transpose", keys, perm=[0, 1, 3, 2]), values
+        return self._cross[layer]
 
     def past(self, layer: int, heads: Heads) -> None:
         """Nothing came before."""
@@ -231,7 +231,7 @@ class LaterDecoder(_Seq2SeqDecoder):
         keys, values = (
             graph.input(f"past_key_values.{layer}.encoder.{kind}", "float32", shape) for kind in ("key", "value")
         )
-        return graph.op("Transpose", keys, perm=[0, 1, 3, 2]), values
+        return keys, values
 
     def mask(self, keys: str, window: int) -> str:
         """[length, total], made once; it hides something where several tokens are given at once."""

@@ -59,9 +59,9 @@ class Source:
     def graphs(
         self, weights: WeightFile, precision: Precision | None = None, *, for_optimum: bool = False
     ) -> dict[str, Graph]:
-        """Write the model's graphs, its weights into ``weights``, in float32 unless ``precision`` says otherwise.
+        """Write the model's graphs, its weights into ``weights``; for our runtime or for optimum-onnx.
 
-        They are our runtime's, or ``for_optimum`` those of optimum-onnx.
+        All is float32 unless ``precision`` says otherwise.
 
         Raises:
             InputError: an activation or another choice of the configuration that the graphs cannot express.
@@ -72,24 +72,28 @@ class Source:
                 known = ", ".join(sorted(ACTIVATIONS))
                 raise InputError(f"model_name_or_path: activation {activation} cannot be exported; {known} can")
         state, precision = self.state(), precision or Precision()
+
+        def new_graph(name: str) -> Graph:
+            return Graph(name, weights, precision)
+
         if self.kind == "classifier":
             from yunque.export import classifiers
 
-            made = classifiers.graphs(self.config, state, weights, precision, token_types=for_optimum)
+            made = classifiers.graphs(self.config, state, new_graph, token_types=for_optimum)
             return {"model": made["classifier"]} if for_optimum else made
         layout = optimum if for_optimum else decoder
-        return layout.graphs(self._parts(state), lambda name: Graph(name, weights, precision))
+        return layout.graphs(self._parts(state), new_graph)
 
     def _parts(self, state: State) -> Parts:
         family: Any = importlib.import_module(f"yunque.export.{_LANGUAGE_FAMILIES[self.config.model_type][1]}")
         tied = _address(self.model.get_output_embeddings()) == _address(self.model.get_input_embeddings())
         options: Mapping[str, Any] = {"model": self.model} if family.__name__.endswith(".llama") else {}
-        config, tied_to = self.config, family.HEAD if tied else ""
+        config = self.config
         is_seq2seq = self.kind == "seq2seq"
         return Parts(
-            (lambda graph: family.encode(graph, config, state, tied_to)) if is_seq2seq else None,
+            (lambda graph: family.encode(graph, config, state, tied)) if is_seq2seq else None,
             (lambda graph, hidden: family.cross(graph, config, state, hidden)) if is_seq2seq else None,
-            lambda writer: family.decode(writer, config, state, tied_to, **options),
+            lambda writer: family.decode(writer, config, state, tied, **options),
         )
 
 

@@ -13,11 +13,11 @@ EMBEDDING = "shared.weight"
 HEAD = "lm_head.weight"
 
 
-def encode(graph: Graph, config: Config, state: State, tied_to: str) -> str:
-    """The encoder's hidden states; ``tied_to`` names the head that is the embedding too, if any."""
+def encode(graph: Graph, config: Config, state: State, tied: bool) -> str:
+    """The encoder's hidden states; ``tied`` says that the decoder's head is the embedding."""
     ids = graph.input("input_ids", "int64", ("rows", "source"))
     mask = graph.op("Cast", graph.input("attention_mask", "int64", ("rows", "source")), to=6)  # int32
-    hidden = graph.embedding(ids, EMBEDDING, state[EMBEDDING], tied_to)
+    hidden = graph.embedding(ids, EMBEDDING, state[EMBEDDING], HEAD if tied else "")
     bias = _encoder_bias(graph, config, state, ids)
     epsilon = config.layer_norm_epsilon
     branch, sublayers = "", _Norms(graph, epsilon)
@@ -46,11 +46,11 @@ def cross(graph: Graph, config: Config, state: State, hidden: str) -> list[tuple
     ]
 
 
-def decode(decoder: Decoder, config: Config, state: State, tied_to: str) -> None:
-    """Everything from tokens to logits."""
+def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:
+    """Everything from tokens to logits; ``tied`` says that the head is the embedding."""
     graph = decoder.graph
     cross_bias = decoder.cross_bias()
-    hidden = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], tied_to)
+    hidden = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], HEAD if tied else "")
     bias = _decoder_bias(decoder, config, state)
     branch, sublayers = "", _Norms(graph, config.layer_norm_epsilon)
     for layer in range(config.num_decoder_layers):
@@ -69,7 +69,7 @@ def decode(decoder: Decoder, config: Config, state: State, tied_to: str) -> None
         branch = _feed_forward(graph, config, state, f"{name}.2.DenseReluDense", normed)
     hidden, _ = sublayers(hidden, branch, "decoder.final_layer_norm.weight", state)
     scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
-    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied_to else HEAD, scale=scale)
+    decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD, scale=scale)
 
 
 class _Norms:

@@ -56,8 +56,8 @@ def page(tmp_path_factory):
             folder / name.partition(" ")[0], scores, answers=answers, references=["wanted"] * ROWS,
             model={"path": path, "manifest_sha256": digest, "bytes": size},
             speed={"tokens_per_s": speed, "fresh_process": {
-                "start_s": 2e-6 * size, "load_s": 1e-6 * size, "peak_memory_bytes": 40 * size, "first_token_s": 1 / speed,
-                "tokens_per_s": {"1": speed, "32": 20 * speed},
+                "start_s": 2e-6 * size, "load_s": 1e-6 * size, "peak_memory_bytes": 40 * size,
+                "first_token_s": 1 / speed, "tokens_per_s": {"1": speed, "32": 20 * speed},
             }},
         )  # fmt: skip
         evaluations.append(read_evaluation(written, name))

@@ -82,6 +82,6 @@ def test_frontier_is_what_no_cheaper_model_beats():
     def point(name, x, y):
         return Point(name, x, Interval(y, y, y), name, 0)
 
-    points = [point("dear", 5, 90), point("small", 1, 88), point("equal", 3, 88), point("good", 3, 91)]
+    points = [point("dear", 5, 90), point("small", 1, 88), point("equal", 3, 89), point("good", 3, 91)]
     assert [each.name for each in frontier(points, higher_is_better=True)] == ["small", "good"]
     assert [each.name for each in frontier(points, higher_is_better=False)] == ["small"]

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from warm import ON_CPU
 
+from yunque.cli.matrix import _parse
 from yunque.errors import InputError
 from yunque.evaluation.comparison import Options
 from yunque.evaluation.error_types import ErrorRules, error_table, error_types
@@ -167,13 +168,17 @@ def test_error_types_follow_their_rules(tmp_path):
     assert (lines[0]["prediction"], lines[1]["prediction"], lines[1]["reference"]) == (*answers[:2], "s")
 
 
-def test_the_example_of_the_documentation_is_read(tmp_path):
+def test_the_examples_of_the_documentation_are_read(tmp_path):
     text = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
-    path = tmp_path / "experiments.yaml"
-    path.write_text(text.partition("```yaml\n")[2].partition("```")[0])
-    matrix = read_matrix(path, tmp_path)
-    assert (len(matrix.runs), matrix.varied) == (12, ["model", "prompt", "decoding"])
-    assert matrix.baseline == {"model": "ppo", "prompt": "plain", "decoding": "greedy"}
+    found = []
+    for number, part in enumerate(text.split("```yaml\n")[1:]):
+        path = tmp_path / f"experiments{number}.yaml"
+        path.write_text(part.partition("```")[0])
+        matrix = read_matrix(path, tmp_path)
+        for run in matrix.runs:
+            _parse(path, run)
+        found.append((len(matrix.runs), matrix.varied))
+    assert found == [(4, ["model"]), (12, ["model", "prompt", "decoding"])]
 
 
 def test_the_command_on_tiny_models_for_real_the_gate_passes_the_copy_and_rejects_the_other(

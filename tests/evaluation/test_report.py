@@ -54,7 +54,11 @@ def page(tmp_path_factory):
         digest = sha256_file(f"{path}/yunque.json") if path == ppo else None
         written = evaluated.write(
             folder / name.partition(" ")[0], scores, answers=answers, references=["wanted"] * ROWS,
-            model={"path": path, "manifest_sha256": digest, "bytes": size}, speed={"tokens_per_s": speed},
+            model={"path": path, "manifest_sha256": digest, "bytes": size},
+            speed={"tokens_per_s": speed, "fresh_process": {
+                "start_s": 2e-6 * size, "load_s": 1e-6 * size, "peak_memory_bytes": 40 * size,
+                "first_token_s": 1 / speed, "tokens_per_s": {"1": speed, "32": 20 * speed},
+            }},
         )  # fmt: skip
         evaluations.append(read_evaluation(written, name))
     gates = [parse_gate("toxicity<=+0.01"), parse_gate("rougeL>=-1.0")]
@@ -81,7 +85,7 @@ def test_road_gates_charts_and_commands_are_in_it(page):
     for words in (
         "hub/base-model", "1,234 rows", "toxicity_after", "reward model",  # the road
         "2 of 4 gates passed, 2 failed", "✗", "✓",
-        "ROUGE-L against size", "Toxicity against time per token generated",
+        "ROUGE-L against size", "Toxicity against time per token at batch 32", 'class="stack variants"',
         "Reward per answer", "KL to the reference",
         "yunque evaluate /models/noised --dataset_name dialogs",
     ):  # fmt: skip

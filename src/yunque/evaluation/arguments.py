@@ -195,6 +195,20 @@ class EvaluationArguments:
     latency_prompts: int = field(
         default=8, metadata={"help": "Prompts decoded one at a time, to time the first token; 0 measures none."}
     )
+    kl_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Aligned model: measure the KL from it, per token of its own answers to the prompts."},
+    )
+    measure_speed: bool = field(
+        default=False,
+        metadata={"help": "Measure start, memory, first token and tokens/s in a fresh process of the model's own."},
+    )
+    speed_batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 8, 32], metadata={"help": "Batch sizes of measure_speed."}
+    )
+    speed_new_tokens: int = field(
+        default=64, metadata={"help": "Tokens of every answer there (at most max_new_tokens)."}
+    )
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -202,6 +216,8 @@ class EvaluationArguments:
             raise InputError(
                 f"per_device_eval_batch_size: {self.per_device_eval_batch_size} is too small; give 1 or more"
             )
+        if not self.speed_batch_sizes or min(*self.speed_batch_sizes, self.speed_new_tokens, 1) < 1:
+            raise InputError("speed_batch_sizes, speed_new_tokens: give 1 or more")
         if self.latency_prompts < 0:
             raise InputError(f"latency_prompts: {self.latency_prompts} is negative; give 0 or more")
         if not 0 <= self.seed < 2**32:

@@ -19,12 +19,13 @@ _CHAR = 5.8  # width of a character of the labels
 
 @dataclass(frozen=True)
 class Point:
-    """One model in a scatter plot: a cost and a metric's interval."""
+    """One model in a scatter plot: a cost and a metric's interval; ``number`` gives its color."""
 
     name: str
     x: float
     y: Interval
     shown: str
+    number: int
 
 
 class _Axis:
@@ -73,19 +74,25 @@ def interval_bar(interval: Interval, reach: float, verdict: str, words: str) -> 
     ).format(verdict, words, low, high, low, low, high, high, mid)
 
 
-def pareto(points: Sequence[Point], *, title: str, x_label: str, y_label: str, higher_is_better: bool) -> Markup:
-    """Metric against cost: a point with its interval per model, and the line of those that no other model beats."""
+def pareto(
+    points: Sequence[Point], *, title: str, x_label: str, y_label: str, higher_is_better: bool, numbered: bool = False
+) -> Markup:
+    """Metric against cost: a point with its interval per model, and the line of those that no other model beats.
+
+    Points bear their names, or with ``numbered`` their numbers from 1, where the names would hide each other.
+    """
     top = max(point.x for point in points)
     x = _Axis(0, top * 1.06, _LEFT, _WIDTH - _RIGHT)
     ends = [end for point in points for end in (point.y.low, point.y.high, point.y.mean) if math.isfinite(end)]
     room = (max(ends) - min(ends)) * 0.08
     y = _Axis(min(ends) - room, max(ends) + room, _HEIGHT - _BOTTOM, _TOP)
-    best = _frontier(points, higher_is_better)
+    best = frontier(points, higher_is_better)
     corners = [(x.at(point.x), y.at(point.y.mean)) for point in best]
     path = f"M{corners[0][0]} {corners[0][1]}" + "".join(f" H{right} V{height}" for right, height in corners[1:])
     parts = [Markup('<path class="frontier" d="{}"/>').format(path)]
     taken: list[tuple[float, float, float]] = []
-    for number, point in enumerate(points):
+    for point in points:
+        number = point.number
         across, height = x.at(point.x), y.at(point.y.mean)
         if math.isfinite(point.y.low):
             ends_y = (y.at(point.y.low), y.at(point.y.high))
@@ -95,16 +102,17 @@ def pareto(points: Sequence[Point], *, title: str, x_label: str, y_label: str, h
                 )
             )
         parts.append(
-            Markup('<g><title>{}</title><circle class="dot m{}" cx="{}" cy="{}" r="5"/></g>').format(
-                point.shown, number % 6, across, height
+            Markup('<g><title>{}</title><circle class="dot m{}{}" cx="{}" cy="{}" r="5"/></g>').format(
+                point.shown, number % 6, "" if point in best else " beaten", across, height
             )
         )
-        parts.append(_label(point.name, across, height, taken))
+        name = str(number + 1) if numbered else point.name
+        parts.append(_label(name, "name number" if numbered else "name", across, height, taken))
     words = f"{title}. {'; '.join(point.shown for point in points)}. Not beaten: {', '.join(p.name for p in best)}."
     return _frame(title, words, x, y, x_label, y_label, parts)
 
 
-def _frontier(points: Sequence[Point], higher_is_better: bool) -> list[Point]:
+def frontier(points: Sequence[Point], higher_is_better: bool) -> list[Point]:
     """Points that no cheaper or equally cheap one beats, cheapest first."""
     sign = 1 if higher_is_better else -1
     kept: list[Point] = []
@@ -114,7 +122,7 @@ def _frontier(points: Sequence[Point], higher_is_better: bool) -> list[Point]:
     return kept
 
 
-def _label(name: str, across: float, height: float, taken: list[tuple[float, float, float]]) -> Markup:
+def _label(name: str, kind: str, across: float, height: float, taken: list[tuple[float, float, float]]) -> Markup:
     """The model's name beside its point, moved up or down past the names that stand there."""
     name = name if len(name) <= 22 else f"…{name[-21:]}"
     width = len(name) * _CHAR
@@ -127,7 +135,7 @@ def _label(name: str, across: float, height: float, taken: list[tuple[float, flo
     ]
     place = (free or places)[0]
     taken.append((left, left + width, place))
-    return Markup('<text class="name" x="{}" y="{}">{}</text>').format(round(left, 1), round(place, 1), name)
+    return Markup('<text class="{}" x="{}" y="{}">{}</text>').format(kind, round(left, 1), round(place, 1), name)
 
 
 def curve(steps: np.ndarray, values: np.ndarray, *, title: str, x_label: str) -> Markup:

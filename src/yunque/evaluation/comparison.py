@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from yunque.errors import InputError
+from yunque.evaluation.costs import costs_of, kinds, measured
 from yunque.evaluation.evaluations import Evaluation, align
 from yunque.evaluation.gates import Gate, Verdict, check_gates, judge
 from yunque.evaluation.scores import in_order, score_kind
@@ -65,6 +66,12 @@ class Comparison:
         """Of all candidates, in order."""
         return [(candidate, verdict) for candidate in self.candidates for verdict in candidate.verdicts]
 
+    @property
+    def everyone(self) -> list[Evaluation]:
+        """The base, if any, the baseline and the candidates."""
+        base = [self.base] if self.base else []
+        return [*base, self.baseline, *(each.evaluation for each in self.candidates)]
+
     def not_proved(self) -> list[str]:
         """The gates that have not passed, a few words each."""
         return [
@@ -92,6 +99,7 @@ def compare(
     options = options or Options()
     if not candidates:
         raise InputError("compare: give at least two evaluations")
+    baseline = _with_own_divergence(baseline, candidates)
     if base is not None:
         base = align(baseline, base, same_prompts=options.same_prompts)
         _check_judges(baseline, base)
@@ -123,6 +131,20 @@ def _candidate(
     return Candidate(candidate, differences, verdicts, rank_by, changed)
 
 
+def _with_own_divergence(baseline: Evaluation, candidates: Sequence[Evaluation]) -> Evaluation:
+    """The baseline with a KL of 0, where it is the model that the candidates' KL was measured from."""
+    own = baseline.settings["model"]
+    digest = own.get("manifest_sha256")
+    for candidate in candidates:
+        aligned = candidate.settings.get("kl_model")
+        if "kl" in baseline.scores or not aligned:
+            continue
+        known = digest and aligned.get("manifest_sha256")
+        if (aligned["manifest_sha256"] == digest) if known else (aligned["path"] == own.get("path")):
+            return replace(baseline, scores={**baseline.scores, "kl": np.zeros(len(baseline.ids))})
+    return baseline
+
+
 def _common(first: Evaluation, second: Evaluation) -> set[str]:
     return {name for name in first.scores if name in second.scores}
 
@@ -142,6 +164,7 @@ def _decoding(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _check_judges(first: Evaluation, second: Evaluation) -> None:
+    _check_aligned(first, second)
     judges = [each.settings.get("toxicity_model") or {} for each in (first, second)]
     if "toxicity" not in _common(first, second) or not all(judges):
         return
@@ -152,6 +175,21 @@ def _check_judges(first: Evaluation, second: Evaluation) -> None:
         raise InputError(
             f"{second.name} and {first.name} were judged by different classifiers, {' and '.join(names)}; evaluate both"
             " with the same --toxicity_model_name_or_path and --toxicity_label"
+        )
+
+
+def _check_aligned(first: Evaluation, second: Evaluation) -> None:
+    """The KL of both must be from the same model, be that the baseline itself."""
+    if "kl" not in _common(first, second):
+        return
+    models = [each.settings.get("kl_model") or first.settings["model"] for each in (first, second)]
+    known = all(model.get("manifest_sha256") for model in models)
+    one, other = (model.get("manifest_sha256" if known else "path") for model in models)
+    if one != other:
+        names = " and ".join(str(model.get("path")) for model in models)
+        raise InputError(
+            f"{second.name} and {first.name} have their KL from different models, {names}; evaluate both with the same"
+            " --kl_model_name_or_path"
         )
 
 
@@ -194,6 +232,7 @@ def _model_json(evaluation: Evaluation) -> dict[str, Any]:
         "model": evaluation.settings["model"],
         "means": means,
         "speed": evaluation.settings.get("speed"),
+        "costs": costs_of(evaluation),
     }
 
 
@@ -233,6 +272,8 @@ def print_comparison(console: Console, comparison: Comparison, rows: int = 5) ->
     """Print a table per candidate, its ``rows`` most changed answers, its gates, and the notes."""
     from rich.text import Text
 
+    if measured(comparison.everyone):
+        console.print(_costs_table(comparison))
     for candidate in comparison.candidates:
         console.print(_metrics_table(comparison, candidate, short=console.width < _WIDE_CHARS))
         if rows > 0 and candidate.changed:
@@ -265,6 +306,28 @@ def _metrics_table(comparison: Comparison, candidate: Candidate, short: bool) ->
     for name in candidate.differences:
         if name not in same:
             table.add_row(*map(Text, _table_row(name, baseline, candidate)[: len(headers) + 1]))
+    return table
+
+
+def _costs_table(comparison: Comparison) -> Table:
+    """A row per model: what it costs, and how many of its gates passed."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    everyone = comparison.everyone
+    costs = kinds(everyone)
+    verdicts = {each.evaluation.name: each.verdicts for each in comparison.candidates}
+    table = Table(title="Costs, each model in a fresh process", box=box.SIMPLE_HEAD)
+    table.add_column("Model", overflow="fold")
+    for cost in costs:
+        table.add_column(f"{cost.label}\n{cost.unit}", justify="right", no_wrap=True)
+    table.add_column("Gates\npassed", justify="right", no_wrap=True)
+    for each in everyone:
+        known, judged = costs_of(each), verdicts.get(each.name)
+        passed = sum(verdict.status == "passed" for verdict in judged or ())
+        gates = f"{passed}/{len(judged)}" if judged else "-"
+        table.add_row(Text(each.name), *(cost.show(known.get(cost.name)) for cost in costs), gates)
     return table
 
 

@@ -23,13 +23,15 @@ from yunque.evaluation.arguments import (
     EvaluationArguments,
     HeldOutArguments,
 )
-from yunque.evaluation.evaluation_files import EvaluationFolder, finish, show, write_sweep
+from yunque.evaluation.divergence import AlignedPolicy
+from yunque.evaluation.evaluation_files import EvaluationFolder, fingerprint, finish, show, write_sweep
 from yunque.evaluation.generators import Generator, load_generator
 from yunque.evaluation.judging import ToxicityJudge, embed, judge_of
 from yunque.evaluation.progress import Progress
 from yunque.evaluation.prompting import EvaluationPrompts, prepare, row_share
 from yunque.evaluation.scoring import AnsweredRow
 from yunque.evaluation.settings import Setting, expand
+from yunque.evaluation.speed import measure_speed
 from yunque.metrics.formats import Check, compile_pattern, json_schema, pattern
 from yunque.metrics.voting import majority, vote_key
 
@@ -50,6 +52,7 @@ class Work:
     batches: list[list[int]]
     checks: list[Check]
     judge: ToxicityJudge | None
+    aligned: AlignedPolicy | None
     described: dict[str, Any]
 
 
@@ -79,13 +82,14 @@ def evaluate(
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no")  # the weights' own precision is what is deployed
     console = Console(quiet=quiet or not accelerator.is_main_process, soft_wrap=True)
     embed(model, data, args)
-    judge = judge_of(args)
+    judge, aligned = judge_of(args), _aligned(model, args)
     generator = load_generator(model.loading(), accelerator.device)
     for setting in settings:
         generator.check(setting)
     prompts = prepare(generator, data, str(model.model_name_or_path), decoding.max_new_tokens)
     batches = prompts.batches(args.per_device_eval_batch_size)
-    work = Work(model, data, args, argv, accelerator, console, prompts, batches, checks, judge, generator.describe())
+    described = generator.describe()
+    work = Work(model, data, args, argv, accelerator, console, prompts, batches, checks, judge, aligned, described)
     for setting, folder in zip(settings, folders, strict=True):
         folder.identify(work, setting)
     accelerator.wait_for_everyone()
@@ -96,7 +100,12 @@ def evaluate(
     console.print(f"{len(prompts):,} prompts in {len(batches):,} batches; {work.described['kind']} model", markup=False)
     with StopSignal() as signal:
         speeds = [_answer(work, setting, folder, generator, signal) for setting, folder in todo]
+        for setting, folder in todo:
+            _diverge(work, setting, folder, generator, signal)
         del generator
+        if todo:
+            fresh = _fresh_process(work, decoding.max_new_tokens)
+            speeds = [speed | {"fresh_process": fresh} for speed in speeds]
         for _, folder in todo:
             _judge(work, folder, signal)
     _finish(work, todo, speeds, settings, folders)
@@ -140,6 +149,13 @@ def _checks(decoding: DecodingArguments, args: EvaluationArguments) -> list[Chec
     return checks if args.format_pattern is None else [*checks, pattern(args.format_pattern)]
 
 
+def _aligned(model: EvaluatedModelArguments, args: EvaluationArguments) -> AlignedPolicy | None:
+    name = args.kl_model_name_or_path
+    if name is None:
+        return None
+    return AlignedPolicy(name, fingerprint(name) == fingerprint(str(model.model_name_or_path)))
+
+
 def _folders(settings: Sequence[Setting], args: EvaluationArguments) -> list[EvaluationFolder]:
     root = Path(args.output_dir)
     return [EvaluationFolder(root if len(settings) == 1 else root / setting.name) for setting in settings]
@@ -166,37 +182,35 @@ def _answered_batch(work: Work, setting: Setting, generator: Generator, rows: Se
     count, args, prompts = setting.num_samples, work.args, work.prompts
     expression = None if setting.vote_pattern is None else compile_pattern(setting.vote_pattern, "vote_pattern")
     queries = [prompts.input_ids[row] for row in rows]
+    samples = [_samples(work, setting, rows, number) for number in range(count)]
     begin, cpu_begin = time.perf_counter(), time.process_time()
-    drawn = [
-        generator.answers(
-            queries,
-            setting,
-            seed=args.seed,
-            samples=[FIRST_SAMPLE + prompts.rows.positions[row] * count + number for row in rows],
-        )
-        for number in range(count)
-    ]
+    drawn = [generator.answers(queries, setting, seed=args.seed, samples=numbers) for numbers in samples]
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
     texts = [_decoded(generator, [answer.tokens for answer in answers]) for answers in drawn]
     found: list[Record] = []
     for place, row in enumerate(rows):
-        samples = [answers[place] for answers in texts]
-        vote = majority([vote_key(text, expression) for text in samples]) if count > 1 else None
+        told = [answers[place] for answers in texts]
+        vote = majority([vote_key(text, expression) for text in told]) if count > 1 else None
         winner = drawn[0 if vote is None else vote.winner][place]
         answered: Record = {
             "row": row,
-            "answer": samples[0 if vote is None else vote.winner],
+            "answer": told[0 if vote is None else vote.winner],
             "tokens": len(winner.tokens),
             "finished": winner.finished,
         }
         if vote is not None:
-            answered |= {"samples": samples, "agreement": vote.agreement}
+            answered |= {"samples": told, "agreement": vote.agreement}
         found.append(answered)
     losses = _losses(work, generator, rows) if args.reference_loss else {}
     for record in found:
         record |= losses.get(record["row"], {})
     tokens = sum(len(answer.tokens) + answer.finished for answers in drawn for answer in answers)
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "new_tokens": tokens, "rows": found}
+
+
+def _samples(work: Work, setting: Setting, rows: Sequence[int], number: int) -> list[int]:
+    """Numbers, over the whole evaluation, of the rows' samples ``number``: what their random numbers follow from."""
+    return [FIRST_SAMPLE + work.prompts.rows.positions[row] * setting.num_samples + number for row in rows]
 
 
 def _losses(work: Work, generator: Generator, rows: Sequence[int]) -> dict[int, Record]:
@@ -230,6 +244,43 @@ def _latencies(work: Work, setting: Setting, generator: Generator) -> list[float
         generator.answers([work.prompts.input_ids[row]], first, seed=work.args.seed, samples=[FIRST_SAMPLE + row])
         seconds.append(time.perf_counter() - begin)
     return seconds[1:]
+
+
+# --- distance to the aligned model, speed -----------------------------------------------------------------------------
+
+
+def _diverge(work: Work, setting: Setting, folder: EvaluationFolder, generator: Generator, signal: StopSignal) -> None:
+    """Measure how far the model is from the aligned one, each batch on the rank whose turn it is."""
+    aligned = work.aligned
+    if aligned is None:
+        return
+    aligned.load(generator, work.accelerator.device)
+
+    def record(number: int) -> Record:
+        rows = work.batches[number]
+        queries, samples = [work.prompts.input_ids[row] for row in rows], _samples(work, setting, rows, 0)
+        values = aligned.divergences(generator, queries, setting, seed=work.args.seed, samples=samples)
+        return {"rows": [{"row": row, "kl": value} for row, value in zip(rows, values, strict=True)]}
+
+    _run_batches(work, folder.kl, record, f"KL {setting.name}", signal)
+
+
+def _fresh_process(work: Work, max_new_tokens: int) -> dict[str, Any] | None:
+    """What the main process measured, on every rank.
+
+    Raises:
+        InputError: the measuring process failed, on every rank.
+    """
+    found: list[Any] = [None, None]
+    if work.args.measure_speed and work.accelerator.is_main_process:
+        try:
+            found[0] = measure_speed(work.model, work.args, work.prompts.input_ids, max_new_tokens)
+        except InputError as error:
+            found[1] = str(error)
+    measured, problem = gather_object([found])[0]
+    if problem is not None:
+        raise InputError(problem)
+    return dict(measured) if measured else None
 
 
 # --- toxicity ---------------------------------------------------------------------------------------------------------
@@ -286,7 +337,8 @@ def _shown(share: Sequence[int], name: str, done: int, visible: bool) -> Iterato
 def _rows(work: Work, folder: EvaluationFolder) -> list[AnsweredRow]:
     """The rows with everything that all ranks found, in the order of the data."""
     found: dict[int, Record] = {}
-    for progress in (folder.answers, folder.toxicity) if work.judge is not None else (folder.answers,):
+    parts = [(folder.answers, True), (folder.toxicity, work.judge is not None), (folder.kl, work.aligned is not None)]
+    for progress in (part for part, is_there in parts if is_there):
         for record in progress.records().values():
             for row in record["rows"]:
                 found.setdefault(row["row"], {}).update(row)

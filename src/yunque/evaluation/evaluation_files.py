@@ -41,6 +41,7 @@ class EvaluationFolder:
         self.identity: dict[str, Any] = {}
         self.answers = Progress(path / _PARTS / "answers", {})
         self.toxicity = Progress(path / _PARTS / "toxicity", {})
+        self.kl = Progress(path / _PARTS / "kl", {})
 
     def check(self, args: EvaluationArguments, model: str) -> None:
         """Check that the run may write here, changing nothing.
@@ -70,7 +71,7 @@ class EvaluationFolder:
         """
         args = work.args
         answers = {
-            "model": _fingerprint(str(work.model.model_name_or_path)),
+            "model": fingerprint(str(work.model.model_name_or_path)),
             "prompts": work.prompts.fingerprint(),
             **setting.as_dict(),
             **{name: getattr(args, name) for name in ("seed", "per_device_eval_batch_size", "reference_loss")},
@@ -79,14 +80,17 @@ class EvaluationFolder:
         classifier = args.toxicity_model_name_or_path
         judged = {
             **answers,
-            "toxicity_model": None if classifier is None else _fingerprint(classifier),
+            "toxicity_model": None if classifier is None else fingerprint(classifier),
             "toxicity_label": None if classifier is None else args.toxicity_label,
         }
-        scored = {**judged, "format_schema": args.format_schema, "format_pattern": args.format_pattern}
-        self.identity = json.loads(json.dumps(scored))
-        self.answers, self.toxicity = (
+        aligned = args.kl_model_name_or_path
+        diverging = {**answers, "kl_model": None if aligned is None else fingerprint(aligned)}
+        checked = {"format_schema": args.format_schema, "format_pattern": args.format_pattern}
+        speed = {"measure_speed": [*args.speed_batch_sizes, args.speed_new_tokens] if args.measure_speed else None}
+        self.identity = json.loads(json.dumps({**judged, **diverging, **checked, **speed}))
+        self.answers, self.toxicity, self.kl = (
             Progress(self.path / _PARTS / name, identity)
-            for name, identity in (("answers", answers), ("toxicity", judged))
+            for name, identity in (("answers", answers), ("toxicity", judged), ("kl", diverging))
         )
         result = self.path / RESULT
         if result.exists() and not args.overwrite_output_dir:
@@ -106,8 +110,9 @@ class EvaluationFolder:
                 (self.path / name).unlink(missing_ok=True)
         if replaced or self.answers.differences():
             self.answers.remove()
-        if replaced or self.toxicity.differences():
-            self.toxicity.remove()
+        for progress in (self.toxicity, self.kl):
+            if replaced or progress.differences():
+                progress.remove()
 
     def _refuse(self, differences: Sequence[str]) -> None:
         if differences:
@@ -139,6 +144,7 @@ def finish(
         "prompt_template": work.prompts.template,
         "decoding": setting.as_dict() | {"seed": work.args.seed, "batch_size": work.args.per_device_eval_batch_size},
         "toxicity_model": _judge(work),
+        "kl_model": None if work.aligned is None else _named(work.aligned.name),
         "metrics": metrics,
         "scale": {name: SCALE[name] for name in metrics if name in SCALE},
         "units": {name: UNITS[name] for name in metrics if name in UNITS},
@@ -153,7 +159,7 @@ def finish(
         "identity": folder.identity,
     }
     write_atomically(folder.path / RESULT, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    for progress in (folder.answers, folder.toxicity):
+    for progress in (folder.answers, folder.toxicity, folder.kl):
         progress.remove()
     (folder.path / _PARTS).rmdir()
     return result
@@ -195,6 +201,12 @@ def show(console: Console, path: Path, result: dict[str, Any]) -> None:
         + ("not measured" if first is None else f"{1000 * first['median']:.0f} ms")
         + f", peak memory {speed['peak_memory_bytes'] / 2**20:,.0f} MiB"
     )
+    if fresh := speed["fresh_process"]:
+        rates = ", ".join(f"{rate:,.0f} at batch {size}" for size, rate in fresh["tokens_per_s"].items())
+        console.print(
+            f"in a fresh process: ready after {fresh['start_s']:.1f} s, peak memory"
+            f" {fresh['peak_memory_bytes'] / 2**20:,.0f} MiB, tokens/s {rates}"
+        )
     for note in result["notes"]:
         console.print(f"note: {note}", markup=False)
     console.print(f"written: {path / RESULT}, {path / GENERATIONS}", markup=False)
@@ -226,7 +238,7 @@ def _named(name: str) -> dict[str, Any]:
     }
 
 
-def _fingerprint(name: str) -> str:
+def fingerprint(name: str) -> str:
     """What tells a model from another under the same path: its manifest, else its files' names, sizes and times."""
     folder = Path(name)
     if not folder.is_dir():
@@ -257,6 +269,7 @@ def _speed(work: Work, folder: EvaluationFolder, measured: dict[str, Any]) -> di
         if latencies
         else None,
         "peak_memory_bytes": measured["peak_memory_bytes"],
+        "fresh_process": measured["fresh_process"],
         "num_ranks": work.accelerator.num_processes,
         "num_threads": torch.get_num_threads(),
         "device": work.accelerator.device.type,

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from peft import PeftModel
 
@@ -65,6 +66,15 @@ class Generator(Protocol):
         self, queries: Sequence[TokenIds], references: Sequence[str]
     ) -> list[ReferenceLoss | None] | None:
         """Loss of each reference after its query, None where it has no tokens; None where it cannot be had at all."""
+        ...
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends an answer."""
+        ...
+
+    def next_logits(self, query: TokenIds, tokens: TokenIds) -> np.ndarray:
+        """Logits [tokens, vocabulary], float32, that predict each of ``tokens`` after ``query``."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -149,6 +159,19 @@ class TorchGenerator:
                 losses[row] = ReferenceLoss(value, len(targets[row]), cut[row])
         return losses
 
+    @property
+    def end_id(self) -> int:
+        """The tokenizer's, where it names one."""
+        own = self.tokenizer.eos_token_id
+        return int(self.adapter.eos_ids[0] if own is None else own)
+
+    @torch.no_grad()
+    def next_logits(self, query: TokenIds, tokens: TokenIds) -> np.ndarray:
+        """From one forward pass over query and tokens."""
+        batch = self.adapter.scoring_batch([query], [tokens], self.device)
+        logits_BRV, _ = self.adapter.score(self.model, batch)
+        return np.asarray(logits_BRV[0].float().cpu().numpy())
+
     def describe(self) -> dict[str, Any]:
         """What was loaded."""
         described: dict[str, Any] = {
@@ -178,8 +201,7 @@ class TorchGenerator:
         if self.is_encoder_decoder:
             return list(self.tokenizer(text_target=list(references), verbose=False)["input_ids"])
         ids = self.tokenizer(list(references), add_special_tokens=False, verbose=False)["input_ids"]
-        end = self.adapter.eos_ids[0] if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
-        return [[*row, end] for row in ids]
+        return [[*row, self.end_id] for row in ids]
 
     @torch.no_grad()
     def _answers_after_virtual_tokens(self, queries: Sequence[TokenIds], options: GenerationArguments) -> list[Answer]:

@@ -123,12 +123,15 @@ def embed(model: EvaluatedModelArguments, data: HeldOutArguments, args: Evaluati
     Raises:
         InputError: the cache folder cannot be written.
     """
-    if EMBEDDED not in (model.model_name_or_path, data.dataset_name, args.toxicity_model_name_or_path):
+    names = (args.toxicity_model_name_or_path, args.kl_model_name_or_path)
+    if EMBEDDED not in (model.model_name_or_path, data.dataset_name, *names):
         return
     embedded = ensure_embedded()
     if model.model_name_or_path == EMBEDDED:
         model.model_name_or_path = str(embedded.policy)
     if data.dataset_name == EMBEDDED:
         data.dataset_name = str(embedded.dataset)
+    if args.kl_model_name_or_path == EMBEDDED:
+        args.kl_model_name_or_path = str(embedded.policy)
     if args.toxicity_model_name_or_path == EMBEDDED:
         args.toxicity_model_name_or_path = str(embedded.reward_model)

@@ -81,12 +81,22 @@ class OnnxGenerator:
             if not target:
                 losses.append(None)
                 continue
-            if isinstance(self.model, runtime.Seq2SeqModel):
-                logits = self.model.logits([query], [target[:-1]])[0]
-            else:
-                logits = self.model.logits([[*query, *target[:-1]]])[0][len(query) - 1 :]
-            losses.append(ReferenceLoss(_nats(logits, target), len(target), len(whole) - len(target)))
+            losses.append(
+                ReferenceLoss(_nats(self.next_logits(query, target), target), len(target), len(whole) - len(target))
+            )
         return losses
+
+    @property
+    def end_id(self) -> int:
+        """The tokenizer's, where it names one."""
+        own = self.tokenizer.eos_token_id
+        return int(self.eos_ids[0] if own is None else own)
+
+    def next_logits(self, query: TokenIds, tokens: TokenIds) -> np.ndarray:
+        """From one run over query and tokens."""
+        if isinstance(self.model, runtime.Seq2SeqModel):
+            return self.model.logits([query], [tokens[:-1]])[0]
+        return self.model.logits([[*query, *tokens[:-1]]])[0][len(query) - 1 :]
 
     def describe(self) -> dict[str, Any]:
         """What was loaded."""
@@ -106,7 +116,7 @@ class OnnxGenerator:
         if self.is_encoder_decoder:
             return list(self.tokenizer(text_target=list(references), verbose=False)["input_ids"])
         ids = self.tokenizer(list(references), add_special_tokens=False, verbose=False)["input_ids"]
-        return [[*row, self.eos_ids[0]] for row in ids]
+        return [[*row, self.end_id] for row in ids]
 
 
 def is_onnx(folder: str) -> bool:

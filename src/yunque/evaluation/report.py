@@ -28,8 +28,9 @@ from yunque.evaluation.charts import interval_bar
 from yunque.evaluation.comparison import Candidate, Comparison, better_wins, show_interval
 from yunque.evaluation.evaluations import Evaluation, settings_value
 from yunque.evaluation.gates import Verdict
-from yunque.evaluation.report_plots import cost_charts, training_runs
+from yunque.evaluation.report_plots import cost_charts, legend, training_runs
 from yunque.evaluation.scores import score_kind
+from yunque.evaluation.variants import variants_table
 from yunque.metrics.bootstrap import Interval
 from yunque.metrics.paired import Difference
 
@@ -49,7 +50,7 @@ def render(
     """The page of at least one comparison; ``names`` tells several apart, ``overview`` is a table of them."""
     first = comparisons[0]
     names = list(names) or [_default_name(each) for each in comparisons]
-    evaluations = _unique(each for comparison in comparisons for each in _evaluations(comparison))
+    evaluations = _unique(each for comparison in comparisons for each in comparison.everyone)
     style, script = ((_PAGE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     environment = Environment(
         loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -74,7 +75,8 @@ def render(
         gates=[_gate(each.evaluation.name, verdict) for one in comparisons for each, verdict in one.verdicts],
         tables=[_table(one, each) for one in comparisons for each in one.candidates],
         notes=list(dict.fromkeys(note for each in comparisons for note in each.notes)),
-        charts=[chart for each in comparisons for chart in cost_charts(_evaluations(each), each.options.resampling)],
+        variants=[table for table in (variants_table(each) for each in comparisons) if table],
+        charts=[each for each in map(_charts, comparisons) if each["charts"]],
         roads=[_road(each) for each in _unique_models(evaluations)],
         curves=training_runs(evaluations),
         commands=[_reproduction(each) for each in evaluations],
@@ -90,11 +92,6 @@ def _hash(text: str) -> str:
 
 def _default_name(comparison: Comparison) -> str:
     return f"{', '.join(each.evaluation.name for each in comparison.candidates)} against {comparison.baseline.name}"
-
-
-def _evaluations(comparison: Comparison) -> list[Evaluation]:
-    base = [comparison.base] if comparison.base else []
-    return [*base, comparison.baseline, *(each.evaluation for each in comparison.candidates)]
 
 
 def _unique(evaluations: Any) -> list[Evaluation]:
@@ -188,6 +185,11 @@ def read_difference(name: str, interval: Interval) -> tuple[str, str, str]:
         return "changed", "", sign
     good = rises == (better == "higher")
     return ("better", "good", sign) if good else ("worse", "bad", sign)
+
+
+def _charts(comparison: Comparison) -> dict[str, Any]:
+    everyone = comparison.everyone
+    return {"legend": legend(everyone), "charts": cost_charts(everyone, comparison.options.resampling)}
 
 
 def _data(evaluation: Evaluation) -> str:

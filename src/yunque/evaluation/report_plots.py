@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from yunque.artifacts import LOG
 from yunque.evaluation.charts import Point, curve, pareto
+from yunque.evaluation.costs import FIRST_TOKEN, costs_of, largest_batch
 from yunque.evaluation.evaluations import Evaluation, settings_value
 from yunque.evaluation.scores import Score, score_kind
 from yunque.metrics.paired import Resampling, mean_intervals
@@ -37,35 +38,41 @@ _CURVES = {
     "learning_rate": "Learning rate",
 }
 _MAX_CURVES = 6
+_MAX_NAMES = 5  # beside the points of a chart
 
 
 def cost_charts(evaluations: Sequence[Evaluation], how: Resampling) -> list[Markup]:
-    """Quality and toxicity against bytes and time, where at least two models have both."""
+    """Quality, toxicity and KL against bytes and time, where at least two models have both."""
     metrics = [name for name in _QUALITY if all(name in each.scores for each in evaluations)][:1]
-    metrics += [name for name in ("toxicity",) if all(name in each.scores for each in evaluations)]
-    costs = [
-        ("size (MB on disk)", [_megabytes(each) for each in evaluations]),
-        ("time per token generated (ms)", [_milliseconds(each) for each in evaluations]),
-    ]
+    metrics += [name for name in ("toxicity", "kl") if sum(name in each.scores for each in evaluations) > 1]
+    costs = _costs(evaluations)
     charts = []
     for name in metrics:
-        columns = [each.scores[name][~np.isnan(each.scores[name])] for each in evaluations]
-        intervals = [mean_intervals(column[:, None], how)[0] for column in columns]
-        for label, values in costs:
+        columns = [
+            each.scores[name][~np.isnan(each.scores[name])] if name in each.scores else None for each in evaluations
+        ]
+        intervals = [None if column is None else mean_intervals(column[:, None], how)[0] for column in columns]
+        for label, values in costs if name != "kl" else costs[:1]:
             points = [
-                Point(each.name, value, interval, _words(each.name, score_kind(name), interval, value, label))
-                for each, value, interval in zip(evaluations, values, intervals, strict=True)
-                if value is not None
+                Point(each.name, value, interval, _words(each.name, score_kind(name), interval, value, label), number)
+                for number, (each, value, interval) in enumerate(zip(evaluations, values, intervals, strict=True))
+                if value is not None and interval is not None
             ]
             if len(points) > 1:
-                charts.append(_chart(score_kind(name), label, points))
+                charts.append(_chart(score_kind(name), label, points, numbered=bool(legend(evaluations))))
     return charts
 
 
-def _chart(kind: Score, label: str, points: Sequence[Point]) -> Markup:
+def legend(evaluations: Sequence[Evaluation]) -> list[str]:
+    """The names of the models, in the order of their numbers, where they are too many to stand beside their points."""
+    return [each.name for each in evaluations] if len(evaluations) > _MAX_NAMES else []
+
+
+def _chart(kind: Score, label: str, points: Sequence[Point], numbered: bool) -> Markup:
     better = "higher is better" if kind.better == "higher" else "lower is better"
     title = f"{kind.label} against {label.partition(' (')[0]}"
-    return pareto(points, title=title, x_label=label, y_label=better, higher_is_better=kind.better == "higher")
+    rises = kind.better == "higher"
+    return pareto(points, title=title, x_label=label, y_label=better, higher_is_better=rises, numbered=numbered)
 
 
 def _words(name: str, kind: Score, interval: Any, value: float, label: str) -> str:
@@ -73,9 +80,23 @@ def _words(name: str, kind: Score, interval: Any, value: float, label: str) -> s
     return f"{name}: {kind.label} {kind.show(interval.mean)}{ends}, {label} {value:,.4g}"
 
 
-def _megabytes(evaluation: Evaluation) -> float | None:
-    size = evaluation.settings["model"].get("bytes")
-    return size / 1e6 if size else None
+def _costs(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[float | None]]]:
+    """Label and value of each model; times are those of a fresh process where all were measured so."""
+    known = [costs_of(each) for each in evaluations]
+    costs = [("size (MB on disk)", [_scaled(each.get("bytes"), 1e6) for each in known])]
+    rate = largest_batch(evaluations)
+    if rate is None:
+        return [*costs, ("time per token generated (ms)", [_milliseconds(each) for each in evaluations])]
+    firsts = [_scaled(each.get(FIRST_TOKEN.name), FIRST_TOKEN.scale) for each in known]
+    if any(value is not None for value in firsts):
+        costs.append(("latency of the first token (ms)", firsts))
+    batch = rate.rpartition("_")[2]
+    times = [_scaled(1.0, float(each[rate] or 0.0) * 1e-3) for each in known]
+    return [*costs, (f"time per token at batch {batch} (ms)", times)]
+
+
+def _scaled(value: float | None, scale: float) -> float | None:
+    return value / scale if value and scale else None
 
 
 def _milliseconds(evaluation: Evaluation) -> float | None:

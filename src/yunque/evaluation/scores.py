@@ -45,6 +45,7 @@ _KINDS = {
         _share("exact_match", "Exact match", "higher"),
         _share("f1", "F1 of words", "higher"),
         Score("nll", "NLL of the reference", "lower", "nats per token", 0, digits=4),
+        Score("kl", "KL from the aligned model", "lower", "nats per token", 0, digits=4),
         Score("length", "Length", None, "words", 0, digits=1),
         Score("tokens", "Tokens", None, "tokens", 0, digits=1),
         _share("repetition", "Repetition", "lower"),

@@ -29,7 +29,12 @@ SCALE = {
 }
 """Top of each bounded metric's range: 1 for fractions, 100 for points."""
 
-UNITS = {"nll": "nats per token of the reference", "length": "words", "tokens": "tokens"}
+UNITS = {
+    "nll": "nats per token of the reference",
+    "kl": "nats per token of the aligned model's answer",
+    "length": "words",
+    "tokens": "tokens",
+}
 """Of the metrics without a range."""
 
 
@@ -48,6 +53,7 @@ class AnsweredRow:
     reference_tokens: int | None = None
     reference_cut: int = 0
     toxicity: float | None = None
+    kl: float | None = None
     samples: list[str] | None = None
     agreement: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
@@ -153,6 +159,7 @@ def _model_columns(rows: Sequence[AnsweredRow]) -> dict[str, Column]:
             None if row.nats is None or not row.reference_tokens else row.nats / row.reference_tokens for row in rows
         ],
         "toxicity": [row.toxicity for row in rows],
+        "kl": [row.kl for row in rows],
         "agreement": [row.agreement for row in rows],
     }
     return {name: values for name, values in columns.items() if any(value is not None for value in values)}

@@ -125,7 +125,7 @@ async def _soak(
         if not capacity:
             raise CheckFailed("the server answered no request of 16 clients; see rejected and failed above")
     rate = args.share * capacity
-    watch = Watch(client, args.server_pid)
+    watch = Watch(client, args.server_pid, every_s=min(1.0, 2.0 * args.soak))  # a tenth of it holds three
     watching = asyncio.create_task(watch.run())
     outcomes, window = await open_loop(client, replace(work, duration_s=60 * args.soak), rate)
     watching.cancel()

@@ -153,20 +153,30 @@ def lines(
 ) -> Markup:
     """Several measures over one axis, from 0 up, each named at its end; NaN is left out."""
     finite = [value for values in series.values() for value in values if math.isfinite(value)]
-    x = _Axis(min(x_values), max(x_values), _LEFT + 8, _WIDTH - _RIGHT - 44)
+    names = 10 + _CHAR * max(map(len, series))
+    x = _Axis(min(x_values), max(x_values), _LEFT + 8, _WIDTH - names)
     y = _Axis(0.0, (max(finite, default=0.0) or 1.0) * 1.06, _HEIGHT - _BOTTOM, _TOP)
     parts: list[Markup] = []
-    taken: list[tuple[float, float, float]] = []
+    ends: list[tuple[float, float, int, str]] = []
     for number, (name, values) in enumerate(series.items()):
         corners = [(x.at(a), y.at(b)) for a, b in zip(x_values, values, strict=True) if math.isfinite(b)]
+        if not corners:
+            continue
         path = " L".join(f"{across} {height}" for across, height in corners)
-        parts.append(Markup('<path class="line m{}" d="M{}"/>').format(number % 6, path) if corners else Markup(""))
+        parts.append(Markup('<path class="line m{}" d="M{}"/>').format(number % 6, path))
         parts += [
             Markup('<circle class="dot m{}" cx="{}" cy="{}" r="3.5"/>').format(number % 6, across, height)
             for across, height in corners
         ]
-        if corners:
-            parts.append(_label(name, *corners[-1], taken))
+        ends.append((corners[-1][1], corners[-1][0], number, name))
+    free = float(_HEIGHT)
+    for height, across, number, name in sorted(ends, reverse=True):  # lowest first, each name above the one before
+        free = min(height + 4, free - 12)
+        parts.append(
+            Markup('<text class="series m{}" x="{}" y="{}">{}</text>').format(
+                number % 6, across + 8, round(free, 1), name
+            )
+        )
     words = "; ".join(
         f"{name}: {', '.join(f'{value:.3g} at {at:g}' for at, value in zip(x_values, values, strict=True))}"
         for name, values in series.items()

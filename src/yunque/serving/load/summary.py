@@ -53,6 +53,7 @@ class Summary:
     offered_rate: float
     """Requests scheduled a second."""
     completed_rate: float
+    """Requests answered a second, whenever they were scheduled."""
     goodput: float
     """Requests a second that met all objectives."""
     good_share: float
@@ -84,7 +85,7 @@ def summarize(load: str, outcomes: Sequence[Outcome], window: Window, objectives
     return Summary(
         load=load,
         offered_rate=len(inside) / seconds,
-        completed_rate=len(done) / seconds,
+        completed_rate=sum(each.ok and window.holds(each.end_s) for each in outcomes) / seconds,
         goodput=good / seconds,
         good_share=good / len(inside) if inside else float("nan"),
         tokens_s=sum(tokens_within(each, window) for each in outcomes) / seconds,

@@ -15,6 +15,8 @@ from yunque.cli.doctor import doctor
 from yunque.cli.evaluate import SETTINGS, evaluate
 from yunque.cli.matrix import matrix
 from yunque.cli.plan import plan
+from yunque.cli.serve import SETTINGS as SERVE_SETTINGS
+from yunque.cli.serve import serve
 from yunque.cli.show import show
 
 # Typer keeps click's exceptions to itself in its newer versions; this is click's UsageError in all of them.
@@ -24,6 +26,7 @@ app = typer.Typer(add_completion=False, help="From fine-tuning through alignment
 for _command in (show, plan, doctor, compare, matrix):
     app.command()(_command)
 app.command(context_settings=SETTINGS)(evaluate)
+app.command(context_settings=SERVE_SETTINGS)(serve)
 app.command(context_settings=rehearse.CONTEXT)(rehearse.rehearse)
 app.add_typer(data.app, name="data")
 

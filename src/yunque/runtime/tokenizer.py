@@ -26,9 +26,10 @@ class Tokenizer:
         self._inner.no_truncation()
         self._cleans_up = _cleans_up(folder)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids with the special tokens the model expects."""
-        return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts))]
+    def encode(self, texts: Sequence[str], *, special_tokens: bool = True) -> list[list[int]]:
+        """Token ids, with the special tokens the model expects unless the texts hold them already."""
+        encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=special_tokens)
+        return [encoding.ids for encoding in encoded]
 
     def encode_truncated(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """As ``encode``, cut to ``max_length`` tokens with the special tokens kept."""

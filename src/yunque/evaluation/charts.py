@@ -153,7 +153,7 @@ def lines(
 ) -> Markup:
     """Several measures over one axis, from 0 up, each named at its end; NaN is left out."""
     finite = [value for values in series.values() for value in values if math.isfinite(value)]
-    names = 10 + _CHAR * max(map(len, series))
+    names = 22 + 1.15 * _CHAR * max(map(len, series))  # bold
     x = _Axis(min(x_values), max(x_values), _LEFT + 8, _WIDTH - names)
     y = _Axis(0.0, (max(finite, default=0.0) or 1.0) * 1.06, _HEIGHT - _BOTTOM, _TOP)
     parts: list[Markup] = []
@@ -169,7 +169,7 @@ def lines(
             for across, height in corners
         ]
         ends.append((corners[-1][1], corners[-1][0], number, name))
-    free = float(_HEIGHT)
+    free = float(_HEIGHT - _BOTTOM + 8)
     for height, across, number, name in sorted(ends, reverse=True):  # lowest first, each name above the one before
         free = min(height + 4, free - 12)
         parts.append(

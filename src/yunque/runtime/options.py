@@ -31,6 +31,7 @@ class GenerationOptions:
     length_penalty: float = 1.0  # of beams: score = log-probability / length ** length_penalty
     early_stopping: bool | Literal["never"] = False
     logprobs: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         """Check every value by itself and the few that exclude each other."""

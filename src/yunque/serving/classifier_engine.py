@@ -9,6 +9,10 @@ from yunque.serving.engine_settings import ClassifierSettings
 from yunque.serving.metrics import EngineMetrics
 
 
+class DeadlinePassed(Exception):
+    """Not done in time."""
+
+
 class ClassifierEngine:
     """Scores texts of many requests at once; ``start``, ``drain`` and ``close`` as ``Engine``'s."""
 

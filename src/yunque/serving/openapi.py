@@ -22,7 +22,7 @@ def document(service: Service) -> dict[str, Any]:
     models: list[Any] = [ErrorBody]
     for operation in shown:
         models += [model for model in (operation.takes, operation.gives) if model is not None]
-    names, definitions = models_json_schema(
+    _, definitions = models_json_schema(
         [(model, "validation") for model in dict.fromkeys(models)], ref_template=_REFERENCE + "{model}"
     )
     schemas = definitions["$defs"]
@@ -39,7 +39,7 @@ def document(service: Service) -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}, "admin": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {name: {"type": "http", "scheme": "bearer"} for name in ("key", "admin")},
         },
     }  # fmt: skip
 

@@ -47,9 +47,7 @@ def run(settings: ServerSettings, read_again: Callable[[], ServerSettings] | Non
         logs.LOGGER.warning("open to the network without an API key; give --api_key_file")
     config = uvicorn.Config(
         app,
-        http=patient_protocol(
-            Patience(settings.header_timeout_s, settings.body_timeout_s, settings.write_timeout_s)
-        ),
+        http=patient_protocol(Patience(settings.header_timeout_s, settings.body_timeout_s, settings.write_timeout_s)),
         ws="none",
         lifespan="on",
         log_config=None,

@@ -103,7 +103,9 @@ class Service:
                 self.failure = error
                 loop.call_soon_threadsafe(self.on_failure)
             else:
-                logs.event("ready", models={name: self.registry.get(name).manifest_sha256 for name in self.registry.names})
+                logs.event(
+                    "ready", models={name: self.registry.get(name).manifest_sha256 for name in self.registry.names}
+                )
 
         threading.Thread(target=load, name="load", daemon=True).start()
 

@@ -80,7 +80,9 @@ class FakeRegistry:
     """A generator "fake" and a classifier "judge"."""
 
     def __init__(self, folders, metrics, *settings):
-        tokenizer = SimpleNamespace(encode=lambda texts, special_tokens=True: [[3] * len(text.split()) for text in texts])
+        tokenizer = SimpleNamespace(
+            encode=lambda texts, special_tokens=True: [[3] * len(text.split()) for text in texts]
+        )
         spec = SimpleNamespace(kind="causal", vocab_size=64)
         model = SimpleNamespace(tokenizer=tokenizer, spec=spec)
         judge = SimpleNamespace(tokenizer=tokenizer, spec=SimpleNamespace(kind="classifier", vocab_size=64))

@@ -84,7 +84,9 @@ def test_every_answer_names_the_manifest_and_the_request(client):
 
 
 def test_line_ends_of_a_text_do_not_end_its_event(client):
-    *parts, usage, done = events(ask(client, stream=True, n=2, prompt=["a", "b"], stream_options={"include_usage": True}))
+    *parts, usage, done = events(
+        ask(client, stream=True, n=2, prompt=["a", "b"], stream_options={"include_usage": True})
+    )
     assert done == "[DONE]"
     texts = {}
     for part in parts:
@@ -121,13 +123,13 @@ def test_seed_and_temperature_reach_the_engine(client, engine):
         ("/v1/completions", {"prompt": "   "}, 400, "prompt"),
         ("/v1/completions", {"prompt": [64]}, 400, "prompt"),
         ("/v1/completions", {"model": "../../etc/passwd"}, 404, "model"),
-        ("/v1/completions", {"model": "judge"}, 400, "model"),
+        ("/v1/completions", {"model": "judge"}, 404, "model"),
         ("/v1/completions", {"timeout": 0}, 400, "timeout"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x " * 2049}]}, 400, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, 400, "top_logprobs"),
         ("/generate", {"max_new_tokens": 3, "min_new_tokens": 4}, 400, "min_new_tokens"),
-        ("/generate", {"model": "judge"}, 400, "model"),
-        ("/classify", {"text": "x", "model": "fake"}, 400, "model"),
+        ("/generate", {"model": "judge"}, 404, "model"),
+        ("/classify", {"text": "x", "model": "fake"}, 404, "model"),
         ("/classify", {"text": ["x"] * 257}, 400, "text"),
         ("/v1/nothing", {}, 404, None),
     ],

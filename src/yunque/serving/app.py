@@ -76,6 +76,7 @@ def create_app(settings: ServerSettings) -> Starlette:
 async def _openapi(request: Request) -> JSONResponse:
     """The OpenAPI document."""
     state = request.app.state
+    state.service.check_ready()
     if not hasattr(state, "document"):
         state.document = openapi.document(state.service)
     return JSONResponse(state.document)

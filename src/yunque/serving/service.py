@@ -122,7 +122,7 @@ class Service:
         """The served model of a name; the first that writes text, or the first that labels, when None.
 
         Raises:
-            Problem: 404, no such model; 400, one of the other kind; 503, still loading.
+            Problem: 404, no such model, or one of the other kind; 503, still loading.
         """
         self.check_ready()
         if name is None:
@@ -138,7 +138,7 @@ class Service:
             raise Problem(404, str(error), param="model", code="model_not_found") from error
         if served.generates != generates:
             hint = "is a classifier; use /classify" if served.kind == "classifier" else "writes text; use /generate"
-            raise Problem(400, f"model: {name} {hint}", param="model", code="wrong_kind_of_model")
+            raise Problem(404, f"model: {name} {hint}", param="model", code="wrong_kind_of_model")
         return served
 
     def chat_format(self, served: Served) -> ChatFormat | None:

@@ -26,8 +26,7 @@ class ExportArguments:
         default=False, metadata={"help": "Start again after a stop: nothing had been written, all is made anew."}
     )
     optimum_layout: bool = field(
-        default=False,
-        metadata={"help": "Not available yet: the files that optimum-onnx loads, instead of our runtime's."},
+        default=False, metadata={"help": "Write the files that optimum-onnx loads, instead of our runtime's."}
     )
     parity_dataset: str | None = field(
         default=None,
@@ -46,8 +45,6 @@ class ExportArguments:
         for name in ("model_name_or_path", "output_dir"):
             if not getattr(self, name):
                 raise InputError(f"{name}: is missing; give a {'model' if name.startswith('model') else 'folder'}")
-        if self.optimum_layout:
-            raise InputError("optimum_layout: is not available yet; leave it out")
         for name in ("parity_prompts", "parity_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} proves nothing; give 1 or more")

@@ -1,10 +1,9 @@
-"""BART as an encoder and a decoder graph."""
+"""BART as an encoder and a decoder."""
 
 from __future__ import annotations
 
-from yunque.export.decoder import Decoder, Heads, cross_keys_and_values, encoder_attention
+from yunque.export.decoder import Decoder, Heads, encoder_attention
 from yunque.export.graph import Config, Graph, State, fused, fused_bias, transposed
-from yunque.export.weights import WeightFile
 
 EMBEDDING = "model.shared.weight"
 HEAD = "lm_head.weight"
@@ -12,18 +11,13 @@ _OFFSET = 2  # of BART's table of positions
 _EPSILON = 1e-5  # of its norms, torch's default
 
 
-def graphs(config: Config, state: State, weights: WeightFile, tied: bool) -> dict[str, Graph]:
-    """The encoder and decoder graphs; ``tied`` says that the head is the embedding."""
-    return {"encoder": _encoder(config, state, weights), "decoder": _decoder(config, state, weights, tied)}
-
-
-def _encoder(config: Config, state: State, weights: WeightFile) -> Graph:
-    graph = Graph("encoder", weights)
+def encode(graph: Graph, config: Config, state: State, tied: bool) -> str:
+    """The encoder's hidden states; ``tied`` says that the decoder's head is the embedding."""
     ids = graph.input("input_ids", "int64", ("rows", "source"))
     mask = graph.op("Cast", graph.input("attention_mask", "int64", ("rows", "source")), to=6)  # int32
     length = graph.op("Gather", graph.op("Shape", ids), graph.constant(1, "int64"), axis=0)
     positions = graph.op("Range", graph.constant(0, "int64"), length, graph.constant(1, "int64"))
-    hidden = _embed(graph, config, state, "model.encoder", ids, positions)
+    hidden = _embed(graph, config, state, "model.encoder", ids, positions, tied)
     for layer in range(config.encoder_layers):
         name = f"model.encoder.layers.{layer}"
         own = f"{name}.self_attn"
@@ -32,18 +26,21 @@ def _encoder(config: Config, state: State, weights: WeightFile) -> Graph:
         mixed = encoder_attention(graph, qkv, heads, scale=heads.size**-0.5, padding_mask=mask)
         hidden = _add_norm(graph, state, f"{own}.out_proj", f"{own}_layer_norm", mixed, hidden)
         hidden = _feed_forward(graph, config, state, name, hidden)
-    for layer in range(config.decoder_layers):
-        name = f"model.decoder.layers.{layer}.encoder_attn"
-        heads = _heads(config.d_model // config.decoder_attention_heads, state, name)
-        cross_keys_and_values(graph, layer, heads, _projection(graph, state, hidden, name, "kv"))
-    return graph
+    return hidden
 
 
-def _decoder(config: Config, state: State, weights: WeightFile, tied: bool) -> Graph:
-    graph = Graph("decoder", weights)
-    decoder = Decoder(graph)
-    cross_bias = graph.input("cross_bias", "float32", ("rows", 1, 1, "source"))
-    hidden = _embed(graph, config, state, "model.decoder", decoder.input_ids, decoder.positions)
+def cross(graph: Graph, config: Config, state: State, hidden: str) -> list[tuple[str, Heads]]:
+    """Keys and values of every decoder layer, side by side, from the encoder's hidden states."""
+    size = config.d_model // config.decoder_attention_heads
+    names = [f"model.decoder.layers.{layer}.encoder_attn" for layer in range(config.decoder_layers)]
+    return [(_projection(graph, state, hidden, name, "kv"), _heads(size, state, name)) for name in names]
+
+
+def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:
+    """Everything from tokens to logits; ``tied`` says that the head is the embedding."""
+    graph = decoder.graph
+    cross_bias = decoder.cross_bias()
+    hidden = _embed(graph, config, state, "model.decoder", decoder.input_ids, decoder.positions, tied)
     size = config.d_model // config.decoder_attention_heads
     for layer in range(config.decoder_layers):
         name = f"model.decoder.layers.{layer}"
@@ -58,13 +55,12 @@ def _decoder(config: Config, state: State, weights: WeightFile, tied: bool) -> G
         hidden = _feed_forward(graph, config, state, name, hidden)
     bias = state["final_logits_bias"]
     decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD, bias=bias)
-    return graph
 
 
-def _embed(graph: Graph, config: Config, state: State, prefix: str, ids: str, positions: str) -> str:
+def _embed(graph: Graph, config: Config, state: State, prefix: str, ids: str, positions: str, tied: bool) -> str:
     name = f"{prefix}.embed_tokens.weight"
     shared = state[name].ctypes.data == state[EMBEDDING].ctypes.data  # unless the model was made untied
-    found = graph.op("Gather", graph.weight(name, state[name], EMBEDDING if shared else name), ids, axis=0)
+    found = graph.embedding(ids, EMBEDDING if shared else name, state[name], HEAD if shared and tied else "")
     if config.scale_embedding:
         found = graph.op("Mul", found, graph.constant(config.d_model**0.5, "float32"))
     table = f"{prefix}.embed_positions.weight"
@@ -82,14 +78,14 @@ def _projection(graph: Graph, state: State, value: str, name: str, parts: str) -
 
 def _feed_forward(graph: Graph, config: Config, state: State, name: str, hidden: str) -> str:
     up = f"{name}.fc1"
-    inner = graph.linear(hidden, up, transposed(state[f"{up}.weight"]), state[f"{up}.bias"])
+    inner = graph.linear(hidden, up, transposed(state, f"{up}.weight"), state[f"{up}.bias"])
     inner = graph.activation(inner, config.activation_function)
     return _add_norm(graph, state, f"{name}.fc2", f"{name}.final_layer_norm", inner, hidden)
 
 
 def _add_norm(graph: Graph, state: State, linear: str, norm: str, value: str, skip: str) -> str:
     """Linear layer, residual addition and norm."""
-    branch = graph.op("MatMul", value, graph.weight(f"{linear}.weight", transposed(state[f"{linear}.weight"])))
+    branch = graph.linear(value, linear, transposed(state, f"{linear}.weight"))
     bias = graph.weight(f"{linear}.bias", state[f"{linear}.bias"])
     parameters = (state[f"{norm}.weight"], state[f"{norm}.bias"])
     return graph.add_layer_norm(branch, skip, norm, *parameters, _EPSILON, bias)[0]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from yunque.export.decoder import Heads, encoder_attention
+from yunque.export.decoder import Heads, NewGraph, encoder_attention
 from yunque.export.graph import Array, Config, Graph, State, fused, fused_bias, transposed
-from yunque.export.weights import WeightFile
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,17 @@ _DISTILBERT = _Names(
 _LAYER_NORM_EPSILON = 1e-12  # of DistilBERT, which fixes it in its code
 
 
-def graphs(config: Config, state: State, weights: WeightFile) -> dict[str, Graph]:
-    """One graph: ``input_ids`` and ``attention_mask`` (padding on the right) to ``logits`` [rows, labels]."""
-    graph = Graph("classifier", weights)
+def graphs(config: Config, state: State, new_graph: NewGraph, *, token_types: bool = False) -> dict[str, Graph]:
+    """One graph: ``input_ids`` and ``attention_mask`` (padding on the right) to ``logits`` [rows, labels].
+
+    With ``token_types`` a model that tells the two texts of a pair apart gets ``token_type_ids`` too.
+    """
+    graph = new_graph("classifier")
     ids = graph.input("input_ids", "int64", ("rows", "length"))
     mask = graph.op("Cast", graph.input("attention_mask", "int64", ("rows", "length")), to=6)  # int32
     distil = config.model_type == "distilbert"
     names = _DISTILBERT if distil else _BERT
-    hidden = _embed(graph, config, state, ids, names)
+    hidden = _embed(graph, config, state, ids, names, token_types)
     for layer in range(config.num_hidden_layers):
         hidden = _block(graph, config, state, f"{config.model_type}.{names.layer.format(layer)}", names, hidden, mask)
     first = graph.op("Gather", hidden, graph.constant(0, "int64"), axis=1)
@@ -53,20 +55,25 @@ def graphs(config: Config, state: State, weights: WeightFile) -> dict[str, Graph
     return {"classifier": graph}
 
 
-def _embed(graph: Graph, config: Config, state: State, ids: str, names: _Names) -> str:
+def _embed(graph: Graph, config: Config, state: State, ids: str, names: _Names, token_types: bool) -> str:
     prefix = f"{config.model_type}.{names.embeddings}"
     words, places = f"{prefix}.word_embeddings.weight", f"{prefix}.position_embeddings.weight"
     table = state[places]
     if config.model_type == "roberta":
         table = table[config.pad_token_id + 1 :]  # its positions begin behind the padding's
-    if f"{prefix}.token_type_embeddings.weight" in state:
-        table = table + state[f"{prefix}.token_type_embeddings.weight"][0]  # one text: one token type
+    types = f"{prefix}.token_type_embeddings.weight"
+    token_types = token_types and types in state and state[types].shape[0] > 1
+    if types in state and not token_types:
+        table = table + state[types][0]  # one text: one token type
     length = graph.op("Gather", graph.op("Shape", ids), graph.constant(1, "int64"), axis=0)
     positions = graph.op("Range", graph.constant(0, "int64"), length, graph.constant(1, "int64"))
-    found = graph.op("Gather", graph.weight(words, state[words]), ids, axis=0)
+    found = graph.embedding(ids, words, state[words])
     placed = graph.op("Gather", graph.weight(f"{prefix}.position_embeddings", table), positions, axis=0)
     norm = f"{prefix}.LayerNorm"
     total = graph.op("Add", found, placed)
+    if token_types:
+        given = graph.input("token_type_ids", "int64", ("rows", "length"))
+        total = graph.op("Add", total, graph.op("Gather", graph.weight(types, state[types]), given, axis=0))
     return graph.layer_norm(total, norm, state[f"{norm}.weight"], state[f"{norm}.bias"], _epsilon(config))
 
 
@@ -81,7 +88,7 @@ def _block(graph: Graph, config: Config, state: State, name: str, names: _Names,
     mixed = encoder_attention(graph, qkv, heads, scale=size**-0.5, padding_mask=mask)
     hidden = _add_norm(graph, state, name, names.attention_output, names.attention_norm, mixed, hidden, epsilon)
     up = f"{name}.{names.up}"
-    inner = graph.linear(hidden, up, transposed(state[f"{up}.weight"]), state[f"{up}.bias"])
+    inner = graph.linear(hidden, up, transposed(state, f"{up}.weight"), state[f"{up}.bias"])
     inner = graph.activation(inner, config.activation if config.model_type == "distilbert" else config.hidden_act)
     return _add_norm(graph, state, name, names.down, names.output_norm, inner, hidden, epsilon)
 
@@ -90,10 +97,9 @@ def _add_norm(
     graph: Graph, state: State, name: str, linear: str, norm: str, value: str, skip: str, epsilon: float
 ) -> str:
     """Linear layer, residual addition and norm."""
-    weight, bias = _parameters(state, f"{name}.{linear}")
-    branch = graph.op("MatMul", value, graph.weight(f"{name}.{linear}.weight", transposed(weight)))
+    branch = graph.linear(value, f"{name}.{linear}", transposed(state, f"{name}.{linear}.weight"))
     gain, shift = _parameters(state, f"{name}.{norm}")
-    bias_name = graph.weight(f"{name}.{linear}.bias", bias)
+    bias_name = graph.weight(f"{name}.{linear}.bias", state[f"{name}.{linear}.bias"])
     return graph.add_layer_norm(branch, skip, f"{name}.{norm}", gain, shift, epsilon, bias_name)[0]
 
 
@@ -112,7 +118,6 @@ def _head(graph: Graph, config: Config, state: State, first: str) -> str:
         "bert": ("bert.pooler.dense", "tanh", "classifier"),
         "distilbert": ("pre_classifier", "relu", "classifier"),
     }[config.model_type]
-    weight, bias = _parameters(state, dense)
-    pooled = graph.activation(graph.linear(first, dense, transposed(weight), bias), activation)
-    weight, bias = _parameters(state, out)
-    return graph.linear(pooled, out, transposed(weight), bias)
+    pooled = graph.linear(first, dense, transposed(state, f"{dense}.weight"), state[f"{dense}.bias"])
+    pooled = graph.activation(pooled, activation)
+    return graph.linear(pooled, out, transposed(state, f"{out}.weight"), state[f"{out}.bias"])

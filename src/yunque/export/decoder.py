@@ -6,11 +6,13 @@ whatever the other rows hold; the caller gives the same buffer as past and as pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from yunque.errors import InputError
+from yunque.export import quantized
 from yunque.export.graph import Array, Graph
 
 MASKED = float(np.finfo(np.float32).min) / 2  # two of them still add up to a number
@@ -36,6 +38,19 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a family's graphs are put together from, in whatever layout; the first two of encoder-decoders only."""
+
+    encode: Callable[[Graph], str] | None  # the encoder's hidden states
+    cross: Callable[[Graph, str], list[tuple[str, Heads]]] | None  # from them each layer's keys and values
+    decode: Callable[[Decoder], None]  # everything from tokens to logits
+
+
+NewGraph = Callable[[str], Graph]
+"""An empty graph of this name over the common weights file."""
+
+
+@dataclass(frozen=True)
 class Rotary:
     """Rotary embeddings: two tables [positions, head size / 2]."""
 
@@ -53,10 +68,6 @@ class Decoder:
         self.last_position = graph.input("last_position", "int32", ("rows",))
         self.total_length = graph.input("total_length", "int32", ())
         self.logit_rows = graph.input("logit_rows", "int64", ("logit_rows",))
-
-    def embed(self, name: str, weight: Array, ids: str | None = None) -> str:
-        """Rows of an embedding table; of the input tokens unless ``ids`` says otherwise."""
-        return self.graph.op("Gather", self.graph.weight(name, weight), ids or self.input_ids, axis=0)
 
     def cached_attention(
         self,
@@ -92,20 +103,43 @@ class Decoder:
             graph.output(value, f"present_{kind}.{layer}", "float32", shape)
         return output
 
-    def cross_attention(self, queries: str, layer: int, heads: Heads, *, scale: float, bias: str) -> str:
-        """Attention over the encoder's keys and values of ``layer``, which the encoder graph made once.
+    def rotate(self, rotary: Rotary, value: str) -> str:
+        """Rotary embeddings of ``value`` [rows, length, heads * size], from elementary operators."""
+        graph, half = self.graph, rotary.cos.shape[1]
+        by_head = graph.op("Reshape", value, graph.constant([0, 0, -1, 2 * half], "int64"))
+        tables = []
+        for name, table in (("rotary.cos", rotary.cos), ("rotary.sin", rotary.sin)):
+            rows = graph.op("Gather", graph.weight(name, table), self.positions, axis=0)
+            tables.append(graph.op("Unsqueeze", rows, graph.constant([2], "int64")))
+        cos, sin = tables
+        first, second = graph.split(by_head, [half] * 2, axis=-1)
+        turned = [
+            graph.op("Sub", graph.op("Mul", first, cos), graph.op("Mul", second, sin)),
+            graph.op("Add", graph.op("Mul", second, cos), graph.op("Mul", first, sin)),
+        ]
+        return graph.op("Reshape", graph.op("Concat", *turned, axis=-1), graph.constant([0, 0, -1], "int64"))
 
-        ``bias`` [rows, 1, 1, source length] is 0 at tokens and very low at padding.
-        """
+    def cross_bias(self) -> str:
+        """What ``cross_attention`` adds to its scores: [rows, 1, 1, source], 0 at tokens and very low at padding."""
+        return self.graph.input("cross_bias", "float32", ("rows", 1, 1, "source"))
+
+    def cross_attention(self, queries: str, layer: int, heads: Heads, *, scale: float, bias: str) -> str:
+        """Attention over the encoder's keys and values of ``layer``, with ``cross_bias``."""
         graph = self.graph
-        keys = graph.input(f"cross_key.{layer}", "float32", ("rows", heads.num_query, heads.size, "source"))
-        values = graph.input(f"cross_value.{layer}", "float32", ("rows", heads.num_query, "source", heads.size))
+        keys, values = self.cross_cache(layer, heads)
         split = graph.op("Reshape", queries, graph.constant([0, 0, heads.num_query, heads.size], "int64"))
         by_head = graph.op("Transpose", split, perm=[0, 2, 1, 3])
         scores = graph.contrib("FusedMatMul", by_head, keys, alpha=scale)
         weights = graph.op("Softmax", graph.op("Add", scores, bias), axis=-1)
         mixed = graph.op("Transpose", graph.op("MatMul", weights, values), perm=[0, 2, 1, 3])
         return graph.op("Reshape", mixed, graph.constant([0, 0, heads.width], "int64"))
+
+    def cross_cache(self, layer: int, heads: Heads) -> tuple[str, str]:
+        """The encoder's keys [rows, heads, size, source] and values [rows, heads, source, size], made once per text."""
+        graph = self.graph
+        keys = graph.input(f"cross_key.{layer}", "float32", ("rows", heads.num_query, heads.size, "source"))
+        values = graph.input(f"cross_value.{layer}", "float32", ("rows", heads.num_query, "source", heads.size))
+        return keys, values
 
     def logits(
         self, hidden: str, name: str, weight: Array, *, key: str, scale: float = 1.0, bias: Array | None = None
@@ -118,11 +152,20 @@ class Decoder:
         graph = self.graph
         flat = graph.op("Reshape", hidden, graph.constant([-1, weight.shape[1]], "int64"))
         wanted = graph.op("Gather", flat, self.logit_rows, axis=0)
-        inputs = [wanted, graph.weight(name, weight, key)]
-        if bias is not None and bias.any():
-            inputs.append(graph.weight(f"{name}.bias", bias.reshape(-1)))
-        logits = graph.op("Gemm", *inputs, transB=1, alpha=scale)
+        logits = quantized.head(graph, wanted, name, weight, key, scale, bias)
         graph.output(logits, "logits", "float32", ("logit_rows", weight.shape[0]))
+
+
+def graphs(parts: Parts, new_graph: NewGraph) -> dict[str, Graph]:
+    """The graphs that our runtime reads."""
+    found: dict[str, Graph] = {}
+    if parts.encode is not None and parts.cross is not None:
+        encoder = found["encoder"] = new_graph("encoder")
+        for layer, (both, heads) in enumerate(parts.cross(encoder, parts.encode(encoder))):
+            cross_keys_and_values(encoder, layer, heads, both)
+    found["decoder"] = new_graph("decoder")
+    parts.decode(Decoder(found["decoder"]))
+    return found
 
 
 def encoder_attention(graph: Graph, qkv: str, heads: Heads, *, scale: float, padding_mask: str, bias: str = "") -> str:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import onnx
+from numpy.typing import NDArray
 
 from yunque import artifacts
+from yunque.compression.schemes import PrecisionPlan
 from yunque.errors import InputError
 from yunque.export.arguments import ExportArguments
+from yunque.export.graph import Graph
+from yunque.export.optimum_parity import check_optimum_parity
 from yunque.export.parity import check_parity, find_prompts
+from yunque.export.quantized import Precision, Written
 from yunque.export.source import Source, load_source
 from yunque.export.weights import WeightFile
 from yunque.runtime.spec import ModelSpec
@@ -36,10 +42,15 @@ def export(args: ExportArguments) -> artifacts.Manifest:
     metrics: dict[str, Any] = {"parity": None}
 
     def write(staging: Path) -> None:
-        write_folder(source, staging)
-        metrics["parity"] = asdict(
-            check_parity(source, staging, prompts, origin, tokens=args.parity_tokens, tolerance=args.parity_tolerance)
-        )
+        options: dict[str, Any] = {"tokens": args.parity_tokens, "tolerance": args.parity_tolerance}
+        if args.optimum_layout:
+            write_optimum_folder(source, staging)
+            spec = specification(source, {})
+            parity = check_optimum_parity(source, staging, spec, prompts, origin, **options)
+        else:
+            write_folder(source, staging)
+            parity = check_parity(source, staging, prompts, origin, **options)
+        metrics["parity"] = asdict(parity)
 
     parent = _manifest(name)
     return artifacts.save_model_folder(
@@ -56,15 +67,46 @@ def export(args: ExportArguments) -> artifacts.Manifest:
     )
 
 
-def write_folder(source: Source, folder: Path) -> None:
-    """Write graphs, weights, ``runtime.json``, configuration and tokenizer of ``source`` into ``folder``."""
+def write_folder(
+    source: Source,
+    folder: Path,
+    precision: PrecisionPlan | None = None,
+    importance: Mapping[str, NDArray[Any]] | None = None,
+) -> list[Written]:
+    """Write graphs, weights, ``runtime.json``, configuration and tokenizer of ``source`` into ``folder``.
+
+    Layers are float32 unless ``precision`` says otherwise; ``importance`` is the mean square [in] of their inputs.
+    Returns what became of each.
+    """
+    progress = Precision(precision or PrecisionPlan(), importance or {})
     with WeightFile(folder) as weights:
-        graphs = source.graphs(weights)
-        files = {}
-        for name, graph in graphs.items():
-            files[name] = f"{name}.onnx"
-            onnx.save_model(graph.model(), folder / files[name])
+        files = _save_graphs(source.graphs(weights, progress), folder)
     specification(source, files).save(folder)
+    _save_configuration(source, folder)
+    return list(progress.written.values())
+
+
+def write_optimum_folder(source: Source, folder: Path) -> None:
+    """Write the files that optimum-onnx loads, whose transformers 4 knows no tokenizer class of transformers 5."""
+    with WeightFile(folder) as weights:
+        _save_graphs(source.graphs(weights, for_optimum=True), folder)
+    _save_configuration(source, folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _save_graphs(graphs: dict[str, Graph], folder: Path) -> dict[str, str]:
+    """The file names by the graphs' names."""
+    files = {name: f"{name}.onnx" for name in graphs}
+    for name, graph in graphs.items():
+        onnx.save_model(graph.model(), folder / files[name])
+    return files
+
+
+def _save_configuration(source: Source, folder: Path) -> None:
     source.config.save_pretrained(folder)
     if source.kind != "classifier":
         source.model.generation_config.save_pretrained(folder)

@@ -1,23 +1,21 @@
-"""GPT-2 as one decoder graph."""
+"""GPT-2 as a decoder."""
 
 from __future__ import annotations
 
 from yunque.export.decoder import Decoder, Heads
-from yunque.export.graph import Config, Graph, State
-from yunque.export.weights import WeightFile
+from yunque.export.graph import Config, Graph, State, untransposed
 
 EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"
 
 
-def graphs(config: Config, state: State, weights: WeightFile, tied: bool) -> dict[str, Graph]:
-    """The decoder graph; ``tied`` says that the head is the embedding."""
-    graph = Graph("decoder", weights)
-    decoder = Decoder(graph)
+def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:
+    """Everything from tokens to logits; ``tied`` says that the head is the embedding."""
+    graph = decoder.graph
     places = "transformer.wpe.weight"
-    residual = graph.op(
-        "Add", decoder.embed(EMBEDDING, state[EMBEDDING]), decoder.embed(places, state[places], decoder.positions)
-    )
+    found = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], HEAD if tied else "")
+    placed = graph.op("Gather", graph.weight(places, state[places]), decoder.positions, axis=0)
+    residual = graph.op("Add", found, placed)
     norm = _Norms(graph, config, state)
     branch = ("", "")
     for layer in range(config.n_layer):
@@ -25,18 +23,17 @@ def graphs(config: Config, state: State, weights: WeightFile, tied: bool) -> dic
         normed, residual = norm(residual, branch, f"{name}.ln_1")
         # GPT-2's layers keep their weights as [in, out], queries, keys and values already side by side.
         qkv = graph.linear(
-            normed, f"{name}.qkv", state[f"{name}.attn.c_attn.weight"], state[f"{name}.attn.c_attn.bias"]
+            normed, f"{name}.qkv", untransposed(state, f"{name}.attn.c_attn.weight"), state[f"{name}.attn.c_attn.bias"]
         )
         mixed = decoder.cached_attention(qkv, layer, _heads(config, state, name), scale=_scale(config, layer))
         branch = _product(graph, state, mixed, f"{name}.attn.c_proj")
         normed, residual = norm(residual, branch, f"{name}.ln_2")
         up = f"{name}.mlp.c_fc"
-        inner = graph.linear(normed, up, state[f"{up}.weight"], state[f"{up}.bias"])
+        inner = graph.linear(normed, up, untransposed(state, f"{up}.weight"), state[f"{up}.bias"])
         inner = graph.activation(inner, config.activation_function)
         branch = _product(graph, state, inner, f"{name}.mlp.c_proj")
     hidden, _ = norm(residual, branch, "transformer.ln_f")
     decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD)
-    return {"decoder": graph}
 
 
 class _Norms:
@@ -57,7 +54,7 @@ class _Norms:
 
 def _product(graph: Graph, state: State, value: str, name: str) -> tuple[str, str]:
     """``value`` times the weight of ``name``, and its bias for the next norm to add."""
-    product = graph.op("MatMul", value, graph.weight(f"{name}.weight", state[f"{name}.weight"]))
+    product = graph.linear(value, name, untransposed(state, f"{name}.weight"))
     return product, graph.weight(f"{name}.bias", state[f"{name}.bias"])
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from yunque.export import quantized
+from yunque.export.quantized import Precision
 from yunque.export.weights import WEIGHTS, WeightFile
 
 OPSET = 21
@@ -37,11 +39,19 @@ _ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
 ACTIVATIONS = frozenset(_ACTIVATIONS)
 
 
+class Matrix(NamedTuple):
+    """The weight of a linear layer."""
+
+    array: Array  # [in, out]
+    parameters: tuple[str, ...]  # names in the state dict of what lies side by side in it
+
+
 class Graph:
     """A graph under construction; every method returns the names of the values it makes."""
 
-    def __init__(self, name: str, weights: WeightFile) -> None:
+    def __init__(self, name: str, weights: WeightFile, precision: Precision | None = None) -> None:
         self.name = name
+        self.precision = precision or Precision()
         self._weights = weights
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -107,10 +117,13 @@ class Graph:
 
     # --- layers -------------------------------------------------------------------------------------------------------
 
-    def linear(self, value: str, name: str, weight: Array, bias: Array | None = None) -> str:
-        """``value`` [..., in] times ``weight`` [in, out] plus ``bias`` [out]."""
-        product = self.op("MatMul", value, self.weight(f"{name}.weight", weight))
-        return product if bias is None else self.op("Add", product, self.weight(f"{name}.bias", bias))
+    def linear(self, value: str, name: str, weight: Matrix, bias: Array | None = None) -> str:
+        """``value`` [..., in] times ``weight`` [in, out] plus ``bias`` [out], in the precision of the plan."""
+        return quantized.linear(self, value, name, weight.array, weight.parameters, bias)
+
+    def embedding(self, ids: str, name: str, table: Array, tied_to: str = "") -> str:
+        """Rows ``ids`` of ``table`` [vocabulary, features]; ``tied_to`` names the head that is the same matrix."""
+        return quantized.embedding(self, ids, name, table, tied_to)
 
     def activation(self, value: str, kind: str) -> str:
         """An activation by its name in transformers, one of ``ACTIVATIONS``."""
@@ -163,14 +176,19 @@ def _onnx_type(dtype: str) -> int:
     return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
 
-def transposed(weight: Array) -> Array:
-    """A torch ``Linear`` weight [out, in] as [in, out]."""
-    return weight.T
+def transposed(state: State, name: str) -> Matrix:
+    """A torch ``Linear`` weight, which is kept as [out, in]."""
+    return Matrix(state[name].T, (name,))
 
 
-def fused(state: State, *names: str) -> Array:
+def untransposed(state: State, name: str) -> Matrix:
+    """The weight of a ``Conv1D``, which is kept as [in, out]."""
+    return Matrix(state[name], (name,))
+
+
+def fused(state: State, *names: str) -> Matrix:
     """The ``Linear`` weights ``names`` side by side, as one [in, sum of out]."""
-    return np.concatenate([state[name] for name in names], axis=0).T
+    return Matrix(np.concatenate([state[name] for name in names], axis=0).T, names)
 
 
 def fused_bias(state: State, *names: str) -> Array | None:

@@ -1,4 +1,4 @@
-"""Llama and what is built like it (Mistral, Qwen2, Qwen3) as one decoder graph."""
+"""Llama and what is built like it (Mistral, Qwen2, Qwen3) as a decoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from transformers import PreTrainedModel
 from yunque.errors import InputError
 from yunque.export.decoder import Decoder, Heads, Rotary
 from yunque.export.graph import Config, Graph, State, fused, fused_bias, transposed
-from yunque.export.weights import WeightFile
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -16,16 +15,16 @@ _FUSED_ROTARY_MULTIPLE = 16
 """Head sizes the rotary part of the attention kernel takes."""
 
 
-def graphs(config: Config, state: State, weights: WeightFile, tied: bool, model: PreTrainedModel) -> dict[str, Graph]:
-    """The decoder graph; ``tied`` says that the head is the embedding.
+def decode(decoder: Decoder, config: Config, state: State, tied: bool, model: PreTrainedModel) -> None:
+    """Everything from tokens to logits; ``tied`` says that the head is the embedding.
 
     Raises:
         InputError: rotary embeddings that change with the length of the text, heads of an odd size.
     """
-    graph = Graph("decoder", weights)
-    decoder = Decoder(graph)
+    graph = decoder.graph
     rotary = _rotary(config, model)
-    residual, branch = decoder.embed(EMBEDDING, state[EMBEDDING]), ""
+    residual = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], HEAD if tied else "")
+    branch = ""
     for layer in range(config.num_hidden_layers):
         name = f"model.layers.{layer}"
         gain = f"{name}.input_layernorm.weight"
@@ -36,7 +35,6 @@ def graphs(config: Config, state: State, weights: WeightFile, tied: bool, model:
         branch = _feed_forward(graph, config, state, f"{name}.mlp", normed)
     hidden, _ = _norm(graph, config, state, residual, branch, "model.norm.weight")
     decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD)
-    return {"decoder": graph}
 
 
 def _norm(graph: Graph, config: Config, state: State, residual: str, branch: str, name: str) -> tuple[str, str]:
@@ -65,10 +63,10 @@ def _attention(
                 _norm_heads(graph, config, state, f"{name}.{part}_norm.weight", part_value, size)
                 for part, part_value in (("q", queries), ("k", keys))
             )
-        queries, keys = (_rotate(decoder, rotary, part, size) for part in (queries, keys))
+        queries, keys = (decoder.rotate(rotary, part) for part in (queries, keys))
         mixed = decoder.cached_attention(queries, layer, heads, keys=keys, values=values, **options)
     bias = state.get(f"{name}.o_proj.bias")
-    return graph.linear(mixed, f"{name}.o_proj", transposed(state[f"{name}.o_proj.weight"]), bias)
+    return graph.linear(mixed, f"{name}.o_proj", transposed(state, f"{name}.o_proj.weight"), bias)
 
 
 def _norm_heads(graph: Graph, config: Config, state: State, name: str, value: str, size: int) -> str:
@@ -78,30 +76,13 @@ def _norm_heads(graph: Graph, config: Config, state: State, name: str, value: st
     return graph.op("Reshape", normed, graph.constant([0, 0, -1], "int64"))
 
 
-def _rotate(decoder: Decoder, rotary: Rotary, value: str, size: int) -> str:
-    """Rotary embeddings of ``value`` [rows, length, heads * size], from elementary operators."""
-    graph = decoder.graph
-    by_head = graph.op("Reshape", value, graph.constant([0, 0, -1, size], "int64"))
-    tables = []
-    for name, table in (("rotary.cos", rotary.cos), ("rotary.sin", rotary.sin)):
-        rows = graph.op("Gather", graph.weight(name, table), decoder.positions, axis=0)
-        tables.append(graph.op("Unsqueeze", rows, graph.constant([2], "int64")))
-    cos, sin = tables
-    first, second = graph.split(by_head, [size // 2] * 2, axis=-1)
-    turned = [
-        graph.op("Sub", graph.op("Mul", first, cos), graph.op("Mul", second, sin)),
-        graph.op("Add", graph.op("Mul", second, cos), graph.op("Mul", first, sin)),
-    ]
-    return graph.op("Reshape", graph.op("Concat", *turned, axis=-1), graph.constant([0, 0, -1], "int64"))
-
-
 def _feed_forward(graph: Graph, config: Config, state: State, name: str, value: str) -> str:
     weights, biases = ([f"{name}.{part}_proj.{kind}" for part in ("gate", "up")] for kind in ("weight", "bias"))
     both = graph.linear(value, f"{name}.gate_up", fused(state, *weights), fused_bias(state, *biases))
     opened, lifted = graph.split(both, [state[weight].shape[0] for weight in weights], axis=-1)
     inner = graph.op("Mul", graph.activation(opened, config.hidden_act), lifted)
     bias = state.get(f"{name}.down_proj.bias")
-    return graph.linear(inner, f"{name}.down_proj", transposed(state[f"{name}.down_proj.weight"]), bias)
+    return graph.linear(inner, f"{name}.down_proj", transposed(state, f"{name}.down_proj.weight"), bias)
 
 
 def _window(config: Config, layer: int) -> int:

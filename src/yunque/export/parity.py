@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -110,9 +109,19 @@ def check_parity(
     exported = runtime.load(folder, verify="none")
     with torch.inference_mode():
         if isinstance(exported, runtime.Classifier):
-            parity = _compare_labels(source, exported, prompts, origin)
+            ids = exported.tokenizer.encode_truncated(prompts, exported.spec.max_positions or 512)
+            parity = compare_labels(source, ids, exported.logits(ids), origin)
         else:
             parity = _compare_tokens(source, exported, prompts, origin, tokens, tolerance)
+    return passed(parity, tolerance)
+
+
+def passed(parity: Parity, tolerance: float) -> Parity:
+    """``parity``, if it is one.
+
+    Raises:
+        CheckFailed: a logit differs by more than ``tolerance``, or a greedy token without being a tie.
+    """
     largest = max(parity.max_logit_difference, parity.max_step_difference)
     if not largest <= tolerance:  # a NaN fails too
         raise CheckFailed(f"parity: logits differ by up to {largest:.2e} from torch, more than {tolerance:.0e}")
@@ -122,14 +131,22 @@ def check_parity(
     return parity
 
 
-def _compare_labels(source: Source, exported: runtime.Classifier, prompts: Sequence[str], origin: str) -> Parity:
-    most = exported.spec.max_positions
-    ids = exported.tokenizer.encode_truncated(prompts, most or 512)
-    ours = exported.logits(ids)
-    theirs = np.concatenate([source.model(torch.tensor([row])).logits.numpy() for row in ids])
+def compare_labels(source: Source, ids: Sequence[Sequence[int]], ours: NDArray[np.float32], origin: str) -> Parity:
+    """``ours`` [texts, labels] against torch's logits of the same texts."""
+    theirs = np.concatenate([source.model(torch.tensor([list(row)])).logits.numpy() for row in ids])
     difference = float(np.abs(ours - theirs).max())
     equal = int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
     return Parity(len(ids), origin, difference, 0.0, len(ids), equal, 0)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an exported model wrote greedily to a prompt; logits are [tokens, vocabulary]."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: NDArray[np.float64]
+    logits: NDArray[np.float32]
 
 
 def _compare_tokens(
@@ -140,37 +157,51 @@ def _compare_tokens(
     tokens: int,
     tolerance: float,
 ) -> Parity:
-    """Torch reads the answers that the runtime wrote greedily: where every choice is its own too, so is the answer."""
     most = exported.spec.max_positions
     tokens = min(tokens, most // 2) if most else tokens
     ids = [row[: most - tokens] if most else row for row in exported.encode(prompts) if row]
     if not ids:
         raise InputError("parity_dataset: no prompt has a token; give other texts")
     answers = exported.generate(ids, max_new_tokens=tokens, eos_token_ids=(), logprobs=True)
-    differences, steps, equal, ties, compared = [0.0], [0.0], 0, 0, 0
-    for prompt, answer in zip(ids, answers, strict=True):
-        theirs = _torch_logits(source, exported, prompt, answer.tokens)
-        if isinstance(exported, runtime.Seq2SeqModel):
-            ours = exported.logits([prompt], [answer.tokens[:-1]])[0]
-        else:
-            ours = exported.logits([[*prompt, *answer.tokens[:-1]]])[0][len(prompt) - 1 :]
-        differences.append(float(np.abs(ours - theirs).max()))
-        chosen = np.array(answer.tokens)
-        skipped = int(exported.spec.forced_bos_token_id is not None)
+
+    def written() -> Iterator[Written]:
+        for prompt, answer in zip(ids, answers, strict=True):
+            if isinstance(exported, runtime.Seq2SeqModel):
+                logits = exported.logits([prompt], [answer.tokens[:-1]])[0]
+            else:
+                logits = exported.logits([[*prompt, *answer.tokens[:-1]]])[0][len(prompt) - 1 :]
+            yield Written(prompt, answer.tokens, np.array(answer.logprobs), logits)
+
+    skipped = int(exported.spec.forced_bos_token_id is not None)
+    return against_torch(source, written(), origin, tolerance, exported.spec.decoder_start_token_id, skipped)
+
+
+def against_torch(
+    source: Source, written: Iterable[Written], origin: str, tolerance: float, start: int | None, skipped: int = 0
+) -> Parity:
+    """Torch reads the answers that were written greedily: where every choice is its own too, so is the answer.
+
+    ``start`` begins an encoder-decoder's answers; the first ``skipped`` tokens are no choices.
+    """
+    differences, steps, equal, ties, compared, prompts = [0.0], [0.0], 0, 0, 0, 0
+    for row in written:
+        prompts += 1
+        theirs = _torch_logits(source, start, row.prompt, row.tokens)
+        differences.append(float(np.abs(row.logits - theirs).max()))
+        chosen = np.array(row.tokens)
         places, best = np.arange(len(chosen)), theirs.argmax(axis=1)
-        steps.append(float(np.abs(_log_softmax(theirs)[places, chosen] - np.array(answer.logprobs)).max()))
+        steps.append(float(np.abs(log_softmax(theirs)[places, chosen] - row.logprobs).max()))
         wrong = (best != chosen)[skipped:]
         gaps = (theirs[places, best] - theirs[places, chosen])[skipped:]
         compared += len(wrong)
         equal += int((~wrong).sum())
         ties += int((wrong & (gaps <= tolerance)).sum())
-    return Parity(len(ids), origin, float(np.max(differences)), float(np.max(steps)), compared, equal, ties)
+    return Parity(prompts, origin, float(np.max(differences)), float(np.max(steps)), compared, equal, ties)
 
 
-def _torch_logits(source: Source, exported: Any, prompt: list[int], answer: list[int]) -> NDArray[np.float32]:
+def _torch_logits(source: Source, start: int | None, prompt: list[int], answer: list[int]) -> NDArray[np.float32]:
     """Torch's logits [answer, vocabulary] for every token of ``answer``."""
     if source.kind == "seq2seq":
-        start = exported.spec.decoder_start_token_id
         output = source.model(
             input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[start, *answer[:-1]]]), use_cache=False
         )
@@ -179,6 +210,7 @@ def _torch_logits(source: Source, exported: Any, prompt: list[int], answer: list
     return np.asarray(output.logits[0, len(prompt) - 1 :].numpy())
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Log-probabilities [rows, vocabulary] of logits."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))

@@ -14,7 +14,10 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from yunque.errors import InputError
-from yunque.export.graph import ACTIVATIONS, Config, Graph
+from yunque.export import decoder, optimum
+from yunque.export.decoder import Parts
+from yunque.export.graph import ACTIVATIONS, Config, Graph, State
+from yunque.export.quantized import Precision
 from yunque.export.weights import WeightFile
 from yunque.models.arguments import ModelArguments
 from yunque.models.loading import adapter_config, load_base, load_classifier, load_config
@@ -53,8 +56,12 @@ class Source:
         """The weights by name, without a copy."""
         return {name: tensor.detach().numpy() for name, tensor in self.model.state_dict().items()}
 
-    def graphs(self, weights: WeightFile) -> dict[str, Graph]:
-        """Write the model's graphs, its weights into ``weights``.
+    def graphs(
+        self, weights: WeightFile, precision: Precision | None = None, *, for_optimum: bool = False
+    ) -> dict[str, Graph]:
+        """Write the model's graphs, its weights into ``weights``; for our runtime or for optimum-onnx.
+
+        All is float32 unless ``precision`` says otherwise.
 
         Raises:
             InputError: an activation or another choice of the configuration that the graphs cannot express.
@@ -64,16 +71,30 @@ class Source:
             if activation not in ACTIVATIONS:
                 known = ", ".join(sorted(ACTIVATIONS))
                 raise InputError(f"model_name_or_path: activation {activation} cannot be exported; {known} can")
-        state = self.state()
+        state, precision = self.state(), precision or Precision()
+
+        def new_graph(name: str) -> Graph:
+            return Graph(name, weights, precision)
+
         if self.kind == "classifier":
             from yunque.export import classifiers
 
-            return classifiers.graphs(self.config, state, weights)
-        family = importlib.import_module(f"yunque.export.{_LANGUAGE_FAMILIES[self.config.model_type][1]}")
+            made = classifiers.graphs(self.config, state, new_graph, token_types=for_optimum)
+            return {"model": made["classifier"]} if for_optimum else made
+        layout = optimum if for_optimum else decoder
+        return layout.graphs(self._parts(state), new_graph)
+
+    def _parts(self, state: State) -> Parts:
+        family: Any = importlib.import_module(f"yunque.export.{_LANGUAGE_FAMILIES[self.config.model_type][1]}")
         tied = _address(self.model.get_output_embeddings()) == _address(self.model.get_input_embeddings())
         options: Mapping[str, Any] = {"model": self.model} if family.__name__.endswith(".llama") else {}
-        graphs: dict[str, Graph] = family.graphs(self.config, state, weights, tied, **options)
-        return graphs
+        config = self.config
+        is_seq2seq = self.kind == "seq2seq"
+        return Parts(
+            (lambda graph: family.encode(graph, config, state, tied)) if is_seq2seq else None,
+            (lambda graph, hidden: family.cross(graph, config, state, hidden)) if is_seq2seq else None,
+            lambda writer: family.decode(writer, config, state, tied, **options),
+        )
 
 
 def load_source(name: str, revision: str, trust_remote_code: bool) -> Source:

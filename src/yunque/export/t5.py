@@ -1,4 +1,4 @@
-"""T5 and FLAN-T5 (gated or not, head tied or not) as an encoder and a decoder graph."""
+"""T5 and FLAN-T5 (gated or not, head tied or not) as an encoder and a decoder."""
 
 from __future__ import annotations
 
@@ -6,24 +6,18 @@ import numpy as np
 import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from yunque.export.decoder import Decoder, Heads, cross_keys_and_values, encoder_attention
+from yunque.export.decoder import Decoder, Heads, encoder_attention
 from yunque.export.graph import Array, Config, Graph, State, fused, transposed
-from yunque.export.weights import WeightFile
 
 EMBEDDING = "shared.weight"
 HEAD = "lm_head.weight"
 
 
-def graphs(config: Config, state: State, weights: WeightFile, tied: bool) -> dict[str, Graph]:
-    """The encoder and decoder graphs; ``tied`` says that the head is the embedding."""
-    return {"encoder": _encoder(config, state, weights), "decoder": _decoder(config, state, weights, tied)}
-
-
-def _encoder(config: Config, state: State, weights: WeightFile) -> Graph:
-    graph = Graph("encoder", weights)
+def encode(graph: Graph, config: Config, state: State, tied: bool) -> str:
+    """The encoder's hidden states; ``tied`` says that the decoder's head is the embedding."""
     ids = graph.input("input_ids", "int64", ("rows", "source"))
     mask = graph.op("Cast", graph.input("attention_mask", "int64", ("rows", "source")), to=6)  # int32
-    hidden = graph.op("Gather", graph.weight(EMBEDDING, state[EMBEDDING]), ids, axis=0)
+    hidden = graph.embedding(ids, EMBEDDING, state[EMBEDDING], HEAD if tied else "")
     bias = _encoder_bias(graph, config, state, ids)
     epsilon = config.layer_norm_epsilon
     branch, sublayers = "", _Norms(graph, epsilon)
@@ -34,22 +28,29 @@ def _encoder(config: Config, state: State, weights: WeightFile) -> Graph:
         normed, hidden = sublayers(hidden, branch, f"{name}.0.layer_norm.weight", state)
         qkv = graph.linear(normed, f"{attention}.qkv", fused(state, *(f"{attention}.{part}.weight" for part in "qkv")))
         mixed = encoder_attention(graph, qkv, heads, scale=1.0, padding_mask=mask, bias=bias)
-        branch = graph.linear(mixed, f"{attention}.o", transposed(state[f"{attention}.o.weight"]))
+        branch = graph.linear(mixed, f"{attention}.o", transposed(state, f"{attention}.o.weight"))
         normed, hidden = sublayers(hidden, branch, f"{name}.1.layer_norm.weight", state)
         branch = _feed_forward(graph, config, state, f"{name}.1.DenseReluDense", normed)
-    hidden, _ = sublayers(hidden, branch, "encoder.final_layer_norm.weight", state)
-    for layer in range(config.num_decoder_layers):
-        name = f"decoder.block.{layer}.layer.1.EncDecAttention"
-        both = graph.linear(hidden, f"{name}.kv", fused(state, f"{name}.k.weight", f"{name}.v.weight"))
-        cross_keys_and_values(graph, layer, _heads(config, state, name), both)
-    return graph
+    return sublayers(hidden, branch, "encoder.final_layer_norm.weight", state)[0]
 
 
-def _decoder(config: Config, state: State, weights: WeightFile, tied: bool) -> Graph:
-    graph = Graph("decoder", weights)
-    decoder = Decoder(graph)
-    cross_bias = graph.input("cross_bias", "float32", ("rows", 1, 1, "source"))
-    hidden = decoder.embed(EMBEDDING, state[EMBEDDING])
+def cross(graph: Graph, config: Config, state: State, hidden: str) -> list[tuple[str, Heads]]:
+    """Keys and values of every decoder layer, side by side, from the encoder's hidden states."""
+    names = [f"decoder.block.{layer}.layer.1.EncDecAttention" for layer in range(config.num_decoder_layers)]
+    return [
+        (
+            graph.linear(hidden, f"{name}.kv", fused(state, f"{name}.k.weight", f"{name}.v.weight")),
+            _heads(config, state, name),
+        )
+        for name in names
+    ]
+
+
+def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:
+    """Everything from tokens to logits; ``tied`` says that the head is the embedding."""
+    graph = decoder.graph
+    cross_bias = decoder.cross_bias()
+    hidden = graph.embedding(decoder.input_ids, EMBEDDING, state[EMBEDDING], HEAD if tied else "")
     bias = _decoder_bias(decoder, config, state)
     branch, sublayers = "", _Norms(graph, config.layer_norm_epsilon)
     for layer in range(config.num_decoder_layers):
@@ -58,18 +59,17 @@ def _decoder(config: Config, state: State, weights: WeightFile, tied: bool) -> G
         normed, hidden = sublayers(hidden, branch, f"{name}.0.layer_norm.weight", state)
         qkv = graph.linear(normed, f"{own}.qkv", fused(state, *(f"{own}.{part}.weight" for part in "qkv")))
         mixed = decoder.cached_attention(qkv, layer, _heads(config, state, own), scale=1.0, bias=bias)
-        branch = graph.linear(mixed, f"{own}.o", transposed(state[f"{own}.o.weight"]))
+        branch = graph.linear(mixed, f"{own}.o", transposed(state, f"{own}.o.weight"))
         normed, hidden = sublayers(hidden, branch, f"{name}.1.layer_norm.weight", state)
-        queries = graph.linear(normed, f"{cross}.q", transposed(state[f"{cross}.q.weight"]))
+        queries = graph.linear(normed, f"{cross}.q", transposed(state, f"{cross}.q.weight"))
         heads = _heads(config, state, cross)
         mixed = decoder.cross_attention(queries, layer, heads, scale=1.0, bias=cross_bias)
-        branch = graph.linear(mixed, f"{cross}.o", transposed(state[f"{cross}.o.weight"]))
+        branch = graph.linear(mixed, f"{cross}.o", transposed(state, f"{cross}.o.weight"))
         normed, hidden = sublayers(hidden, branch, f"{name}.2.layer_norm.weight", state)
         branch = _feed_forward(graph, config, state, f"{name}.2.DenseReluDense", normed)
     hidden, _ = sublayers(hidden, branch, "decoder.final_layer_norm.weight", state)
     scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
     decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD, scale=scale)
-    return graph
 
 
 class _Norms:
@@ -98,9 +98,9 @@ def _feed_forward(graph: Graph, config: Config, state: State, name: str, value: 
         opened, lifted = graph.split(both, [state[gate].shape[0], state[up].shape[0]], axis=-1)
         inner = graph.op("Mul", graph.activation(opened, config.dense_act_fn), lifted)
     else:
-        inner = graph.linear(value, f"{name}.wi", transposed(state[f"{name}.wi.weight"]))
+        inner = graph.linear(value, f"{name}.wi", transposed(state, f"{name}.wi.weight"))
         inner = graph.activation(inner, config.dense_act_fn)
-    return graph.linear(inner, f"{name}.wo", transposed(state[f"{name}.wo.weight"]))
+    return graph.linear(inner, f"{name}.wo", transposed(state, f"{name}.wo.weight"))
 
 
 # --- relative positions -----------------------------------------------------------------------------------------------

@@ -49,3 +49,14 @@ class WeightFile:
             self._file.write(np.ascontiguousarray(array).data)
             self._regions[key] = Region(offset, array.nbytes)
         return self._regions[key]
+
+
+class Unwritten(WeightFile):
+    """Takes the arrays and writes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(Path())
+
+    def add(self, key: str, array: NDArray[np.generic]) -> Region:
+        """Say how long ``array`` is."""
+        return Region(0, array.nbytes)

@@ -51,6 +51,17 @@ def log_probabilities(logits: Floats, tokens: Ints) -> Floats:
     return np.asarray(chosen - total, dtype=np.float32)
 
 
+def top_log_probabilities(logits: Floats, count: int) -> tuple[Ints, Floats]:
+    """The ``count`` most probable tokens of every row of ``logits`` [rows, vocabulary], best first, and their logs."""
+    count = min(count, logits.shape[1])
+    some = np.argpartition(logits, -count, axis=1)[:, -count:]
+    falling = np.argsort(-np.take_along_axis(logits, some, axis=1), axis=1, kind="stable")
+    tokens = np.take_along_axis(some, falling, axis=1)
+    top = logits.max(axis=1, keepdims=True)
+    total = np.log(np.exp(logits - top).sum(axis=1, dtype=np.float64))[:, None] + top
+    return tokens, np.asarray(np.take_along_axis(logits, tokens, axis=1) - total, dtype=np.float32)
+
+
 def sample(logits: Floats, temperature: Floats, top_k: Ints, top_p: Floats, uniforms: NDArray[np.float64]) -> Ints:
     """Draw one token per row of ``logits`` [rows, vocabulary] by inverting its distribution at ``uniforms``.
 

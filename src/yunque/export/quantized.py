@@ -1,0 +1,271 @@
+"""Layers of a graph in the precision that a plan gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yunque.compression.schemes import FLOAT32, LayerScheme, PrecisionPlan
+from yunque.errors import InputError
+from yunque.export.dequantized import NF4, Packed, input_scale, pack
+
+if TYPE_CHECKING:
+    from yunque.export.graph import Graph
+    from yunque.export.source import Source
+
+Array = NDArray[Any]
+
+_FEWEST_OUTPUTS = 16
+_INT8_COMPUTE, _FLOAT32_COMPUTE = 4, 1
+"""Accuracy levels of MatMulNBits."""
+
+
+class Layer(NamedTuple):
+    """A layer that may be quantized."""
+
+    name: str
+    """Its ONNX name, such as "encoder.block.0.layer.0.SelfAttention.qkv"; "lm_head" is the head."""
+    parameters: tuple[str, ...]
+    """Names in the state dict of the weights fused into it, side by side along the outputs."""
+    shape: tuple[int, int]
+    """Inputs and outputs; of an embedding, features and vocabulary."""
+    role: Literal["linear", "head", "embedding"]
+    """A tied embedding is no layer of its own: it is in its head, whose scheme it has."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of a layer."""
+
+    layer: Layer
+    scheme: LayerScheme
+    reason: str  # why it is not in the scheme of the plan; empty when it is
+    num_bytes: int  # of values and scales
+
+    @property
+    def float32_bytes(self) -> int:
+        """Bytes it had."""
+        return 4 * self.layer.shape[0] * self.layer.shape[1]
+
+
+@dataclass
+class Precision:
+    """A plan while graphs are written by it, and what became of every layer by its name."""
+
+    plan: PrecisionPlan = field(default_factory=PrecisionPlan)
+    importance: Mapping[str, Array] = field(default_factory=dict)
+    """Mean square [in] of each layer's inputs, where they were measured."""
+    written: dict[str, Written] = field(default_factory=dict)
+    tables: dict[str, Packed] = field(default_factory=dict)
+    """Heads and embeddings, which several graphs hold."""
+
+    def take(self, layer: Layer, num_bytes: Callable[[LayerScheme], int]) -> LayerScheme:
+        """The scheme of ``layer``, noted."""
+        wanted = self.plan.scheme(layer.name)
+        reason = reason_to_leave(layer, wanted)
+        scheme = FLOAT32 if reason else wanted
+        self.written[layer.name] = Written(layer, scheme, reason, num_bytes(scheme))
+        return scheme
+
+    def table(self, name: str, table: Array, scheme: LayerScheme) -> Packed:
+        """``table`` [vocabulary, features] in ``scheme``, made once."""
+        if name not in self.tables:
+            self.tables[name] = pack(table.T, scheme, self.importance.get(name))
+        return self.tables[name]
+
+
+def quantizable_layers(source: Source) -> list[Layer]:
+    """The layers of all graphs of ``source``, without writing anything."""
+    from yunque.export.weights import Unwritten
+
+    precision = Precision()
+    source.graphs(Unwritten(), precision)
+    return [written.layer for written in precision.written.values()]
+
+
+def reason_to_leave(layer: Layer, scheme: LayerScheme) -> str:
+    """Why the kernel of ``scheme`` cannot compute ``layer``, which then stays float32; empty where it can."""
+    inputs, outputs = layer.shape
+    size = scheme.block_size
+    if not scheme.is_quantized:
+        return ""
+    if outputs < _FEWEST_OUTPUTS:
+        return f"its {outputs} outputs are not worth a scale"
+    if size and layer.role != "linear" and inputs % size:
+        return f"rows of {inputs} features cannot be looked up in blocks of {size}"
+    if scheme.kind == "nf4" and inputs % 2:
+        return f"{inputs} inputs are no whole bytes"
+    if scheme.kind == "int8_static" and scheme.input_range is None and layer.role != "embedding":
+        raise InputError(f"plan: {layer.name} is int8_static and has no input_range; give calibration data")
+    return ""
+
+
+def applied(plan: PrecisionPlan, layer: Layer) -> LayerScheme:
+    """The scheme that ``layer`` really gets."""
+    scheme = plan.scheme(layer.name)
+    return FLOAT32 if reason_to_leave(layer, scheme) else scheme
+
+
+# --- linear layers ----------------------------------------------------------------------------------------------------
+
+
+def linear(graph: Graph, value: str, name: str, weight: Array, parameters: tuple[str, ...], bias: Array | None) -> str:
+    """``value`` [..., in] times ``weight`` [in, out] plus ``bias`` [out], in the precision of the plan."""
+    inputs, outputs = weight.shape
+    packed: list[Packed] = []
+
+    def size(scheme: LayerScheme) -> int:
+        if not scheme.is_quantized:
+            return int(4 * inputs * outputs)
+        packed.append(pack(weight, scheme, graph.precision.importance.get(name)))
+        return packed[0].nbytes
+
+    scheme = graph.precision.take(Layer(name, parameters, (inputs, outputs), "linear"), size)
+    if not scheme.is_quantized:
+        product = graph.op("MatMul", value, graph.weight(f"{name}.weight", weight))
+        return product if bias is None else graph.op("Add", product, graph.weight(f"{name}.bias", bias))
+    bias_name = "" if bias is None else graph.weight(f"{name}.bias", bias)
+    if scheme.kind in ("int8_dynamic", "int8_static"):
+        return _int8_linear(graph, value, name, packed[0], scheme, bias_name)
+    return _blockwise(graph, value, name, name, packed[0], scheme, (inputs, outputs), bias_name)
+
+
+def _int8_linear(graph: Graph, value: str, name: str, packed: Packed, scheme: LayerScheme, bias: str) -> str:
+    values = graph.weight(f"{name}.weight_int8", packed.values)
+    scales = graph.weight(f"{name}.weight_scale", packed.scales)
+    if scheme.kind == "int8_dynamic":
+        quantized, scale, zero, largest = _row_inputs(graph, value)
+        product = graph.contrib("MatMulIntegerToFloat", quantized, values, scale, scales, zero)
+        product = graph.op("Mul", product, largest)
+        return graph.op("Add", product, bias) if bias else product
+    quantized, scale, zero = _static_inputs(graph, value, scheme)
+    return graph.contrib("MatMulIntegerToFloat", quantized, values, scale, scales, zero, *(["", bias] if bias else []))
+
+
+def _row_inputs(graph: Graph, value: str) -> tuple[str, str, str, str]:
+    """Each row over its largest magnitude, as uint8; their scale and zero point; and those magnitudes.
+
+    The kernels that quantize inputs themselves take one scale for all rows: an answer would depend on which others it
+    shares a batch with, and on their padding. By row it does not, to the last bit, and the error is smaller.
+    """
+    largest = graph.op("ReduceMax", graph.op("Abs", value), graph.constant([-1], "int64"), keepdims=1)
+    largest = graph.op("Max", largest, graph.constant(np.finfo(np.float32).tiny, "float32"))
+    scale, zero = graph.constant(1 / 127, "float32"), graph.constant(128, "uint8")
+    return graph.op("QuantizeLinear", graph.op("Div", value, largest), scale, zero), scale, zero, largest
+
+
+def _static_inputs(graph: Graph, value: str, scheme: LayerScheme) -> tuple[str, str, str]:
+    """Quantized inputs, their scale and zero point."""
+    assert scheme.input_range is not None
+    number, zero_point = input_scale(*scheme.input_range)
+    scale, zero = graph.constant(number, "float32"), graph.constant(zero_point, "uint8")
+    return graph.op("QuantizeLinear", value, scale, zero), scale, zero
+
+
+def _blockwise(
+    graph: Graph,
+    value: str,
+    name: str,
+    key: str,
+    packed: Packed,
+    scheme: LayerScheme,
+    shape: tuple[int, int],
+    bias: str = "",
+) -> str:
+    """A product with weights that have a scale per block; ``key`` names their bytes in the weights file."""
+    values = graph.weight(f"{name}.weight_{scheme.kind}", packed.values, f"{key}.weight_{scheme.kind}")
+    scales = graph.weight(f"{name}.weight_scale", packed.scales, f"{key}.weight_scale")
+    sizes = {"K": shape[0], "N": shape[1], "block_size": scheme.block_size}
+    if scheme.kind == "nf4":
+        product = graph.contrib("MatMulBnb4", value, values, scales, quant_type=1, **sizes)
+        return graph.op("Add", product, bias) if bias else product
+    return graph.contrib(
+        "MatMulNBits", value, values, scales, *(["", "", bias] if bias else []),
+        bits=4 if scheme.kind == "int4" else 8,
+        accuracy_level=_INT8_COMPUTE if scheme.int8_inputs else _FLOAT32_COMPUTE, **sizes,
+    )  # fmt: skip
+
+
+# --- heads and embeddings ---------------------------------------------------------------------------------------------
+
+
+def head(graph: Graph, value: str, name: str, weight: Array, key: str, scale: float, bias: Array | None) -> str:
+    """Logits [rows, vocabulary] of ``value`` [rows, features] by ``weight`` [vocabulary, features].
+
+    ``key`` is the name of the embedding where that is the same matrix, whose bytes then serve both.
+    """
+    layer_name = name.removesuffix(".weight")
+    scheme = _table_scheme(graph, layer_name, weight, key, "head")
+    bias_name = "" if bias is None or not bias.any() else graph.weight(f"{layer_name}.bias", bias.reshape(-1))
+    if not scheme.is_quantized:
+        inputs = [value, graph.weight(name, weight, key), *([bias_name] if bias_name else [])]
+        return graph.op("Gemm", *inputs, transB=1, alpha=scale)
+    packed = graph.precision.table(layer_name, weight, scheme)
+    if scheme.kind not in ("int8_dynamic", "int8_static"):
+        value = value if scale == 1 else graph.op("Mul", value, graph.constant(scale, "float32"))
+        return _blockwise(graph, value, layer_name, key, packed, scheme, (weight.shape[1], weight.shape[0]), bias_name)
+    largest = ""
+    if scheme.kind == "int8_dynamic":
+        quantized, number, zero, largest = _row_inputs(graph, value)
+    else:
+        value = value if scale == 1 else graph.op("Mul", value, graph.constant(scale, "float32"))
+        quantized, number, zero = _static_inputs(graph, value, scheme)
+        scale = 1.0
+    values = graph.weight(f"{layer_name}.weight_int8", packed.values.T, f"{key}.weight_int8")
+    scales = graph.weight(f"{layer_name}.weight_scale", packed.scales, f"{key}.weight_scale")
+    zeros = graph.weight(f"{layer_name}.weight_zero", np.zeros(len(packed.scales), np.int8))
+    logits = graph.contrib("QGemm", quantized, number, zero, values, scales, zeros, transB=1, alpha=scale)
+    logits = graph.op("Mul", logits, largest) if largest else logits
+    return graph.op("Add", logits, bias_name) if bias_name else logits
+
+
+def embedding(graph: Graph, ids: str, name: str, table: Array, tied_to: str = "") -> str:
+    """Rows ``ids`` of ``table`` [vocabulary, features]; ``tied_to`` names the head that is the same matrix."""
+    layer_name = (tied_to or name).removesuffix(".weight")
+    if tied_to:
+        layer = Layer(layer_name, (name,), (table.shape[1], table.shape[0]), "head")
+        scheme = applied(graph.precision.plan, layer)
+    else:
+        scheme = _table_scheme(graph, layer_name, table, name, "embedding")
+    if not scheme.is_quantized:
+        return graph.op("Gather", graph.weight(name, table), ids, axis=0)
+    packed = graph.precision.table(layer_name, table, scheme)
+    if scheme.kind in ("int8_dynamic", "int8_static"):
+        values = graph.weight(f"{name}.rows_int8", packed.values.T, f"{name}.weight_int8")
+        scales = graph.weight(f"{name}.rows_scale", packed.scales[:, None], f"{name}.weight_scale")
+        found = graph.op("Cast", graph.op("Gather", values, ids, axis=0), to=1)  # float32
+        return graph.op("Mul", found, graph.op("Gather", scales, ids, axis=0))
+    values = graph.weight(
+        f"{name}.rows_{scheme.kind}", packed.values.reshape(len(table), -1), f"{name}.weight_{scheme.kind}"
+    )
+    if scheme.kind == "nf4":
+        return _nf4_rows(graph, ids, name, values, packed.scales.reshape(len(table), -1, 1), table.shape[1])
+    scales = graph.weight(f"{name}.rows_scale", packed.scales, f"{name}.weight_scale")
+    return graph.contrib(
+        "GatherBlockQuantized", values, ids, scales,
+        gather_axis=0, quantize_axis=1, block_size=scheme.block_size, bits=4 if scheme.kind == "int4" else 8,
+    )  # fmt: skip
+
+
+def _nf4_rows(graph: Graph, ids: str, name: str, values: str, absmax: Array, features: int) -> str:
+    """Rows of nf4 values, for which there is no operator: each byte is looked up as its two numbers."""
+    numbers = np.stack([np.repeat(NF4, 16), np.tile(NF4, 16)], axis=1)  # [bytes, 2], the high half first
+    bytes_found = graph.op("Cast", graph.op("Gather", values, ids, axis=0), to=6)  # int32
+    pairs = graph.op("Gather", graph.weight("nf4.pairs", numbers), bytes_found, axis=0)
+    blocks = graph.op("Reshape", pairs, graph.constant([0, 0, absmax.shape[1], -1], "int64"))
+    scales = graph.op("Gather", graph.weight(f"{name}.rows_scale", absmax, f"{name}.weight_scale"), ids, axis=0)
+    return graph.op("Reshape", graph.op("Mul", blocks, scales), graph.constant([0, 0, features], "int64"))
+
+
+def _table_scheme(
+    graph: Graph, name: str, table: Array, parameter: str, role: Literal["head", "embedding"]
+) -> LayerScheme:
+    def size(scheme: LayerScheme) -> int:
+        return graph.precision.table(name, table, scheme).nbytes if scheme.is_quantized else int(table.nbytes)
+
+    layer = Layer(name, (parameter,), (table.shape[1], table.shape[0]), role)
+    return graph.precision.take(layer, size)

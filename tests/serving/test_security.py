@@ -125,7 +125,7 @@ def test_what_is_no_json_object(content):
 
 def test_neutral_values_are_taken():
     neutral = (
-        '"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "best_of": 1, "echo": false, "suffix": null,'
-        ' "user": "me", "n": null, "stream": false, "logprobs": null, "stop": null'
+        '"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "best_of": 1, "echo": false,'
+        ' "suffix": null, "user": "me", "n": null, "stream": false, "logprobs": null, "stop": null'
     )
     assert parse(schemas.CompletionRequest, f"{{{HELLO}, {neutral}}}".encode()).prompt == "hello"

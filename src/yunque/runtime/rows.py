@@ -123,6 +123,12 @@ class Rows:
         numbers = sum(math.prod(sizes.get(size, size) for size in self._shapes[name]) for name in names)
         return 4 * (numbers + count * self.logits.shape[1])
 
+    def touch(self) -> None:
+        """Write to the buffers of the past, so that the system really gives their memory."""
+        for array in self._past.values():
+            array[self.count :] = 0
+            array[:, :, int(self.lengths[: self.count].max(initial=0)) :] = 0
+
     @property
     def capacity(self) -> tuple[int, int, int]:
         """Rows, positions and encoder positions that the buffers have now."""

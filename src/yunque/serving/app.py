@@ -121,7 +121,11 @@ class _Front:
 
         try:
             self._admit(route, headers)
-            await self._app(scope, receive, sending)
+            self._service.active += 1
+            try:
+                await self._app(scope, receive, sending)
+            finally:
+                self._service.active -= 1
         except Problem as refused:
             await refused.response()(scope, receive, sending)
         except ClientGone:

@@ -68,6 +68,7 @@ class Service:
             ClassifierSettings(threads=settings.threads, deadline_s=settings.timeout_s),
         )
         self.draining = False
+        self.active = 0  # requests that were let in and are not answered yet
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None
         self._swapping = threading.Lock()
@@ -99,6 +100,7 @@ class Service:
                 self.registry.load()
                 for name in self.registry.names:
                     self.chat_format(self.registry.get(name))
+                self.guard()
             except BaseException as error:
                 self.failure = error
                 loop.call_soon_threadsafe(self.on_failure)

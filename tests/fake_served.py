@@ -29,6 +29,13 @@ from yunque.serving.settings import validate
 WORD = "wörd\n "  # a line end, which must not end a server-sent event
 
 
+class FakeStream(Stream):
+    def cancel(self):
+        if not self.task.done():
+            self.engine.cancelled.append(self.request)
+            self.task.cancel()
+
+
 class FakeEngine(Engine):
     """Writes ``WORD`` every ``step_s``; ``submitted`` and ``cancelled`` are what it saw."""
 
@@ -44,14 +51,9 @@ class FakeEngine(Engine):
         if self.refusal:
             raise self.refusal
         self.submitted.append(request)
-        stream = Stream(request, lambda: self.cancel(stream))
-        stream.task = asyncio.get_running_loop().create_task(self.write(stream, request))
+        stream = FakeStream(request)
+        stream.engine, stream.task = self, asyncio.get_running_loop().create_task(self.write(stream, request))
         return stream
-
-    def cancel(self, stream):
-        if not stream.task.done():
-            self.cancelled.append(stream.request)
-            stream.task.cancel()
 
     async def write(self, stream, request):
         began = time.monotonic()
@@ -80,7 +82,9 @@ class FakeRegistry:
     """A generator "fake" and a classifier "judge"."""
 
     def __init__(self, folders, metrics, *settings):
-        tokenizer = SimpleNamespace(encode=lambda texts, special_tokens=True: [[3] * len(text.split()) for text in texts])
+        tokenizer = SimpleNamespace(
+            encode=lambda texts, special_tokens=True: [[3] * len(text.split()) for text in texts]
+        )
         spec = SimpleNamespace(kind="causal", vocab_size=64)
         model = SimpleNamespace(tokenizer=tokenizer, spec=spec)
         judge = SimpleNamespace(tokenizer=tokenizer, spec=SimpleNamespace(kind="classifier", vocab_size=64))

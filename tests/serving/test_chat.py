@@ -26,9 +26,8 @@ def folder(tmp_path, template, **config):
 
 
 def test_the_template_is_rendered_as_transformers_does(tmp_path):
-    from transformers import PreTrainedTokenizerFast  # torch is not needed for it
-
     import tiny
+    from transformers import PreTrainedTokenizerFast  # torch is not needed for it
 
     turns = messages(("system", "be kind"), ("user", " hi {{ 7 * 7 }} "), ("assistant", "ho"), ("user", "<b>&"))
     tokenizer = tiny.tokenizer(bos_token="<s>", chat_template=TEMPLATE)

@@ -13,7 +13,7 @@ def parsed(*argv):
 def test_models_by_name_and_by_folder():
     settings = parsed("out/onnx", "int8=out/q8", "--model_name_or_path", "my model", "--port", "0")
     assert settings.models == {"my-model": Path("my model"), "onnx": Path("out/onnx"), "int8": Path("out/q8")}
-    assert list(settings.models)[0] == "my-model"
+    assert next(iter(settings.models)) == "my-model"
     assert settings.port == 0
 
 

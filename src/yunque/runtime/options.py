@@ -31,11 +31,7 @@ class GenerationOptions:
     length_penalty: float = 1.0  # of beams: score = log-probability / length ** length_penalty
     early_stopping: bool | Literal["never"] = False
     logprobs: bool = False
-<<<<<<< HEAD
-    top_logprobs: int = 0
-=======
     top_logprobs: int = 0  # with logprobs: so many of the most probable tokens at every place
->>>>>>> h/engine
 
     def __post_init__(self) -> None:
         """Check every value by itself and the few that exclude each other."""

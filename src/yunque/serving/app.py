@@ -76,6 +76,7 @@ def create_app(settings: ServerSettings) -> Starlette:
 async def _openapi(request: Request) -> JSONResponse:
     """The OpenAPI document."""
     state = request.app.state
+    state.service.check_ready()
     if not hasattr(state, "document"):
         state.document = openapi.document(state.service)
     return JSONResponse(state.document)
@@ -120,7 +121,11 @@ class _Front:
 
         try:
             self._admit(route, headers)
-            await self._app(scope, receive, sending)
+            self._service.active += 1
+            try:
+                await self._app(scope, receive, sending)
+            finally:
+                self._service.active -= 1
         except Problem as refused:
             await refused.response()(scope, receive, sending)
         except ClientGone:

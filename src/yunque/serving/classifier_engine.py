@@ -32,10 +32,6 @@ class _Text:
     given_up: bool = False
 
 
-class DeadlinePassed(Exception):
-    """Not done in time."""
-
-
 class ClassifierEngine:
     """Scores texts of many requests at once; ``start``, ``drain`` and ``close`` as ``Engine``'s."""
 

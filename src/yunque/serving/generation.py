@@ -20,7 +20,7 @@ from yunque.serving.guard import Guard
 from yunque.serving.metrics import EngineMetrics
 from yunque.serving.models import Served
 from yunque.serving.problems import Problem
-from yunque.serving.requests import Draining, Event, QueueFull, Refused, Request, Stream, TokenLogprob
+from yunque.serving.requests import Draining, EngineFailed, Event, QueueFull, Refused, Request, Stream, TokenLogprob
 from yunque.serving.schemas import Safety, Usage
 from yunque.serving.settings import ServerSettings
 
@@ -131,6 +131,8 @@ def refusal(error: Refused | InputError) -> Problem:
         return problems.queue_full(error.retry_after_s)
     if isinstance(error, Draining):
         return problems.draining()
+    if isinstance(error, EngineFailed):
+        return Problem(503, "the model fails at every request", code="model_failed", headers={"Retry-After": "30"})
     param = str(error).partition(":")[0]
     return Problem(400, str(error), param=param if param.isidentifier() else None, code="invalid_value")
 

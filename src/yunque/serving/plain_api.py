@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from yunque.errors import InputError
 from yunque.runtime import GenerationOptions
 from yunque.serving import problems, schemas
-from yunque.serving.classifier_engine import ClassifierEngine, DeadlinePassed
+from yunque.serving.classifier_engine import ClassifierEngine
 from yunque.serving.generation import (
     Choice,
     Job,
@@ -29,7 +29,7 @@ from yunque.serving.generation import (
 )
 from yunque.serving.openai_api import manifest_header
 from yunque.serving.problems import Problem
-from yunque.serving.requests import Refused
+from yunque.serving.requests import DeadlinePassed, Refused
 from yunque.serving.security import parse, read_body
 from yunque.serving.service import Service
 from yunque.serving.sse import EventStream, event

@@ -25,7 +25,7 @@ from typer import echo
 from yunque.errors import CheckFailed, InputError, run
 from yunque.evaluation.load_report import LoadReport
 from yunque.serving.load.client import Client, Outcome
-from yunque.serving.load.soak import Watch, check_pid, checks, memory_growth
+from yunque.serving.load.soak import Watch, check_pid, checks, cpu_s, memory_growth
 from yunque.serving.load.summary import Objectives, Summary, summarize
 from yunque.serving.load.traffic import Workload, closed_loop, make_prompts, open_loop, read_prompts
 
@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
     option("--capacity", type=float, help="soak: requests a second; measured with 16 clients when left out")
     option("--max_growth", type=float, default=0.02, help="soak: of the server's memory")
     option("--settle", type=float, default=10.0, help="soak: seconds for the slots to become free")
-    option("--server_pid", type=int, help="soak: whose memory counts; else what /metrics tells")
+    option("--server_pid", type=int, help="of this machine: whose CPU time, and in a soak memory, counts")
     option("--output_dir", type=Path, help="for load.json, load.md and load.html")
     return parser.parse_args()
 
@@ -99,7 +99,9 @@ async def _measure(
 ) -> LoadReport:
     summaries: list[Summary] = []
     outcomes: list[Outcome] = []
+    facts: dict[str, Any] = {}
     for load in args.rates or args.clients:
+        used_s = cpu_s(args.server_pid) if args.server_pid else 0.0
         if args.rates:
             name = f"rate {load:g}"
             outcomes, window = await open_loop(client, work, load)
@@ -107,9 +109,14 @@ async def _measure(
             name = f"{load} client{'s' if load > 1 else ''}"
             outcomes, window = await closed_loop(client, work, load)
         summaries.append(_told(summarize(name, outcomes, window, objectives)))
+        if args.server_pid:
+            tokens = sum(each.tokens for each in outcomes)
+            facts[f"tokens per CPU second of the server, {name}"] = round(
+                tokens / max(0.01, cpu_s(args.server_pid) - used_s), 1
+            )
     return LoadReport(
         args.url, settings, "requests a second" if args.rates else "clients", args.rates or args.clients, summaries,
-        outcomes,
+        outcomes, facts=facts,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -30,25 +31,30 @@ def python():
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory):
-    """What the Dockerfile leaves, in a folder that everyone may read."""
-    place = tmp_path_factory.mktemp("image")
-    for folder in (place, *place.parents[:2]):
-        folder.chmod(0o755)
-    base = dockerfile.clean_environment(python(), place / "bin")
-    return dockerfile.build(ROOT / "serve" / "Dockerfile", ROOT, place, base), base
+def shared():
+    """A folder that everyone may enter, as those of tmp_path are not."""
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        yield Path(place)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def image(shared):
+    """What the Dockerfile leaves."""
+    base = dockerfile.clean_environment(python(), shared / "bin")
+    return dockerfile.build(ROOT / "serve" / "Dockerfile", ROOT, shared, base), base
+
+
+@pytest.fixture(scope="module")
+def folder(shared):
     from yunque.export.arguments import ExportArguments
     from yunque.export.folder import export
 
-    place = tmp_path_factory.mktemp("models")
+    place = shared / "models"
     tiny.t5().save_pretrained(place / "torch")
     tiny.tokenizer().save_pretrained(place / "torch")
     export(ExportArguments(model_name_or_path=str(place / "torch"), output_dir=str(place / "onnx"), parity_prompts=2))
-    for path in (place, *place.parents[:2], *place.rglob("*")):
+    for path in (place, *place.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return place / "onnx"
 

@@ -76,7 +76,8 @@ class LoadReport:
         verdicts = [
             f"- {'passed' if check.passed else 'FAILED'}: {check.name} ({check.detail})" for check in self.checks
         ]
-        return "\n".join([text, "", self._note(), *([""] if verdicts else []), *verdicts, ""])
+        facts = [f"- {name}: {value}" for name, value in self.facts.items()]
+        return "\n".join([text, "", self._note(), *([""] if verdicts or facts else []), *facts, *verdicts, ""])
 
     def html(self) -> str:
         """The page; it asks the network for nothing and runs no script."""

@@ -88,6 +88,12 @@ def rss_bytes(pid: int) -> float | None:
     return float(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
+def cpu_s(pid: int) -> float:
+    """Seconds of CPU time that a process has used, all its threads together."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def memory_growth(samples: Sequence[Sample], window: Window) -> float | None:
     """Share by which memory grew: median over the last tenth of the window beside that over its first tenth."""
     edge = (window.end_s - window.start_s) * _EDGE

@@ -19,7 +19,7 @@ LONG = {"prompt": PROMPT, "min_new_tokens": 1000, "max_new_tokens": 1000}
 @pytest.fixture(scope="module")
 def models(exported, tmp_path_factory):  # noqa: F811
     """Two models, and a link that points to the first."""
-    first, second = exported("llama_grouped"), exported("llama_scaled")
+    first, second = exported("llama_grouped"), exported("llama")
     link = tmp_path_factory.mktemp("models") / "current"
     link.symlink_to(first.folder)
     return first, second, link
@@ -42,10 +42,10 @@ def ask(server, stream=False, **changed):
 def test_killed_started_again_swapped_and_ended_under_load(models, tmp_path):
     first, second, link = models
     options = (f"m={link}", "--threads", 1, "--drain_timeout_s", 30)
-    texts = {}
-    for each in (first, second):
-        sha256 = each.runtime_manifest_sha256 = _manifest(each.folder)
-        texts[sha256] = each.runtime.generate([PROMPT], min_new_tokens=1000, max_new_tokens=1000)[0].text
+    texts = {
+        _manifest(each.folder): each.runtime.generate([PROMPT], min_new_tokens=1000, max_new_tokens=1000)[0].text
+        for each in (first, second)
+    }
     with Server(tmp_path, *options, "--port", 0) as server, ThreadPoolExecutor(8) as pool:
         first_ready_s, port = server.ready_s, server.address[1]
         asking = [pool.submit(ask, server) for _ in range(4)]

@@ -102,6 +102,9 @@ async def classify(request: Request) -> Response:
         raise Problem(
             400, f"text: {len(texts)} texts, this server takes {service.settings.max_texts} at most", param="text"
         )
+    # A tokenizer without special tokens makes none of some texts, which no model reads.
+    if not (await encode(served, [""]))[0] and not all(await encode(served, texts)):
+        raise Problem(400, "text: holds no token; give some text", param="text", code="invalid_value")
     kept = told(request)
     kept.texts["prompts"] = texts
     kept.fields |= {"model": served.name, "texts": len(texts), "manifest_sha256": served.manifest_sha256[:16]}

@@ -36,6 +36,7 @@ class Outcome:
     """Why the server did not take it: its status and code, such as ``429 queue_full``."""
     failed: str = ""
     """Why it broke after it was taken, or was never answered."""
+    prompt: str = ""
 
     @property
     def ok(self) -> bool:

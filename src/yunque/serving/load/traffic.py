@@ -109,9 +109,9 @@ async def open_loop(client: Client, work: Workload, rate: float) -> tuple[list[O
     start = time.perf_counter() + 0.05
     outcomes, tasks = [], []
     for moment in poisson_times(rate, work.warmup_s + work.duration_s, work.seed):
-        outcome = Outcome(start + moment)
+        outcome = Outcome(start + moment, prompt=next(prompts))
         await asyncio.sleep(max(0.0, outcome.scheduled_s - time.perf_counter()))
-        tasks.append(asyncio.create_task(client.complete(*work.path_and_body(next(prompts)), outcome)))
+        tasks.append(asyncio.create_task(client.complete(*work.path_and_body(outcome.prompt), outcome)))
         outcomes.append(outcome)
     await asyncio.gather(*tasks)
     return outcomes, Window(start + work.warmup_s, start + work.warmup_s + work.duration_s)
@@ -126,8 +126,8 @@ async def closed_loop(client: Client, work: Workload, num_clients: int) -> tuple
 
     async def one() -> None:
         while (now := time.perf_counter()) < end:
-            outcomes.append(outcome := Outcome(now))
-            await client.complete(*work.path_and_body(next(prompts)), outcome)
+            outcomes.append(outcome := Outcome(now, prompt=next(prompts)))
+            await client.complete(*work.path_and_body(outcome.prompt), outcome)
             if not outcome.ok:
                 await asyncio.sleep(0.1)  # a server that refuses at once is not to be flooded
 

@@ -69,8 +69,14 @@ def sample(logits: Floats, temperature: Floats, top_k: Ints, top_p: Floats, unif
     kept that hold ``top_p`` of the probability (Holtzman et al., 2019, arXiv:1904.09751).
     """
     scaled = logits / temperature[:, None]
-    if (top_k == 0).all() and (top_p >= 1).all():
+    whole_rows = (top_k == 0) & (top_p >= 1)
+    if whole_rows.all():
         return _invert(_exponentials(scaled), uniforms)
+    if whole_rows.any():  # they are inverted in another order, so that a row's token must not depend on the others
+        tokens = np.empty(len(logits), np.int64)
+        for some in (np.flatnonzero(whole_rows), np.flatnonzero(~whole_rows)):
+            tokens[some] = sample(logits[some], temperature[some], top_k[some], top_p[some], uniforms[some])
+        return tokens
     size = scaled.shape[1]
     limits = np.where(top_k == 0, size, np.minimum(top_k, size))
     width = int(limits.max()) if (top_k > 0).all() else min(_HEAD, size)

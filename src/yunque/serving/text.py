@@ -52,7 +52,7 @@ class Detokenizer:
             return ""
         piece = self._tokens[self._former :]
         known = self._decoder.decode_raw(piece)
-        if known and not known.endswith(_INCOMPLETE):
+        if known and (held > _MOST_HELD or not known.endswith(_INCOMPLETE)):
             self._tokens, self._former, self._known = piece, len(piece), known
         else:  # a lone space, say, which is dropped at the start of a text
             self._former, self._known = len(self._tokens), text

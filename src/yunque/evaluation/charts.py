@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,6 +154,42 @@ def curve(steps: np.ndarray, values: np.ndarray, *, title: str, x_label: str) ->
     ]
     words = f"{title}: from {smooth[0]:.3g} at step {steps[0]:g} to {smooth[-1]:.3g} at step {steps[-1]:g}"
     return _frame(title, words, x, y, x_label, "", lines)
+
+
+def lines(
+    x_values: Sequence[float], series: Mapping[str, Sequence[float]], *, title: str, x_label: str, y_label: str
+) -> Markup:
+    """Several measures over one axis, from 0 up, each named at its end; NaN is left out."""
+    finite = [value for values in series.values() for value in values if math.isfinite(value)]
+    names = 22 + 1.15 * _CHAR * max(map(len, series))  # bold
+    x = _Axis(min(x_values), max(x_values), _LEFT + 8, _WIDTH - names)
+    y = _Axis(0.0, (max(finite, default=0.0) or 1.0) * 1.06, _HEIGHT - _BOTTOM, _TOP)
+    parts: list[Markup] = []
+    ends: list[tuple[float, float, int, str]] = []
+    for number, (name, values) in enumerate(series.items()):
+        corners = [(x.at(a), y.at(b)) for a, b in zip(x_values, values, strict=True) if math.isfinite(b)]
+        if not corners:
+            continue
+        path = " L".join(f"{across} {height}" for across, height in corners)
+        parts.append(Markup('<path class="line m{}" d="M{}"/>').format(number % 6, path))
+        parts += [
+            Markup('<circle class="dot m{}" cx="{}" cy="{}" r="3.5"/>').format(number % 6, across, height)
+            for across, height in corners
+        ]
+        ends.append((corners[-1][1], corners[-1][0], number, name))
+    free = float(_HEIGHT - _BOTTOM + 8)
+    for height, across, number, name in sorted(ends, reverse=True):  # lowest first, each name above the one before
+        free = min(height + 4, free - 12)
+        parts.append(
+            Markup('<text class="series m{}" x="{}" y="{}">{}</text>').format(
+                number % 6, across + 8, round(free, 1), name
+            )
+        )
+    words = "; ".join(
+        f"{name}: {', '.join(f'{value:.3g} at {at:g}' for at, value in zip(x_values, values, strict=True))}"
+        for name, values in series.items()
+    )
+    return _frame(title, f"{title}. {words}", x, y, x_label, y_label, parts)
 
 
 def _frame(title: str, words: str, x: _Axis, y: _Axis, x_label: str, y_label: str, parts: Sequence[Markup]) -> Markup:

@@ -75,7 +75,11 @@ def create_app(settings: ServerSettings) -> Starlette:
 
 async def _openapi(request: Request) -> JSONResponse:
     """The OpenAPI document."""
-    return JSONResponse(openapi.document(request.app.state.service))
+    state = request.app.state
+    state.service.check_ready()
+    if not hasattr(state, "document"):
+        state.document = openapi.document(state.service)
+    return JSONResponse(state.document)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> JSONResponse:
@@ -117,9 +121,13 @@ class _Front:
 
         try:
             self._admit(route, headers)
-            await self._app(scope, receive, sending)
-        except Problem as problem:
-            await problem.response()(scope, receive, sending)
+            self._service.active += 1
+            try:
+                await self._app(scope, receive, sending)
+            finally:
+                self._service.active -= 1
+        except Problem as refused:
+            await refused.response()(scope, receive, sending)
         except ClientGone:
             status = _CLIENT_GONE
         except Exception:
@@ -136,10 +144,12 @@ class _Front:
         """Let a request pass, before its body is read.
 
         Raises:
-            Problem: 401, 503.
+            Problem: 401, 431, 503.
         """
         access = self._access.get(route, "key") if route else "key"  # what is not known to be open needs a key
         service = self._service
+        if sum(len(name) + len(value) for name, value in headers) > service.settings.max_header_bytes:
+            raise Problem(431, "the headers are too large", code="headers_too_large")
         given = [value for name, value in headers if name == b"authorization"]
         if access == "admin":
             service.admin_keys.check(given)

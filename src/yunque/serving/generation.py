@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from yunque.serving.guard import Guard
 from yunque.serving.metrics import EngineMetrics
 from yunque.serving.models import Served
 from yunque.serving.problems import Problem
-from yunque.serving.requests import Draining, Event, QueueFull, Refused, Request, Stream, TokenLogprob
+from yunque.serving.requests import Draining, EngineFailed, Event, QueueFull, Refused, Request, Stream, TokenLogprob
 from yunque.serving.schemas import Safety, Usage
 from yunque.serving.settings import ServerSettings
 
@@ -89,9 +89,7 @@ class Job:
         """Token counts of a finished request; they go into its log line too."""
         made = sum(choice.tokens for choice in choices)
         self.told.fields |= {"prompt_tokens": self.prompt_tokens, "completion_tokens": made}
-        return Usage(
-            prompt_tokens=self.prompt_tokens, completion_tokens=made, total_tokens=self.prompt_tokens + made
-        )
+        return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=made, total_tokens=self.prompt_tokens + made)
 
     def safety(self, score: float | None) -> Safety | None:
         """The guard's word on a text."""
@@ -133,6 +131,8 @@ def refusal(error: Refused | InputError) -> Problem:
         return problems.queue_full(error.retry_after_s)
     if isinstance(error, Draining):
         return problems.draining()
+    if isinstance(error, EngineFailed):
+        return Problem(503, "the model fails at every request", code="model_failed", headers={"Retry-After": "30"})
     param = str(error).partition(":")[0]
     return Problem(400, str(error), param=param if param.isidentifier() else None, code="invalid_value")
 
@@ -152,7 +152,7 @@ class Running:
         for stream in self.streams:
             stream.cancel()
 
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
         """Events with the number of their choice: those of the first prompt first, then those of the second.
 
         Raises:
@@ -180,7 +180,7 @@ class Running:
         return choices
 
 
-async def _merged(sources: Sequence[AsyncIterator[Event]]) -> AsyncIterator[tuple[int, Event]]:
+async def _merged(sources: Sequence[AsyncIterator[Event]]) -> AsyncGenerator[tuple[int, Event], None]:
     """Events of several streams as they come, with the stream's number."""
     if len(sources) == 1:
         async for event in sources[0]:
@@ -268,9 +268,7 @@ def check_prompts(served: Served, prompts: Sequence[Sequence[int]], settings: Se
                 param=param, code="context_length_exceeded",
             )  # fmt: skip
         if max(prompt) >= served.model.spec.vocab_size:
-            raise Problem(
-                400, f"{param}: the model has no token {max(prompt)}", param=param, code="invalid_value"
-            )
+            raise Problem(400, f"{param}: the model has no token {max(prompt)}", param=param, code="invalid_value")
 
 
 def check_amounts(settings: ServerSettings, tokens: int, choices: int, param: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -177,16 +178,17 @@ class _Form:
             "system_fingerprint": job.served.manifest_sha256,
         }
 
-    async def stream(self, running: Running) -> AsyncIterator[bytes]:
+    async def stream(self, running: Running) -> AsyncGenerator[bytes, None]:
         """The answer's events."""
         choices = [Choice() for _ in range(len(running.streams) * self.job.n)]
         for number in range(len(choices)):
             for first in self.begin(number):
                 yield self._event([first])
-        async for number, news in running.events():
-            choices[number].add(news)
-            if news.text or news.logprobs or news.finish_reason:
-                yield self._event([self.part(number, news)])
+        async with contextlib.aclosing(running.events()) as events:
+            async for number, news in events:
+                choices[number].add(news)
+                if news.text or news.logprobs or news.finish_reason:
+                    yield self._event([self.part(number, news)])
         usage = self.job.usage(choices).model_dump()
         self.job.told.texts["answers"] = [choice.text for choice in choices]
         if self.tells_usage:

@@ -22,11 +22,12 @@ def document(service: Service) -> dict[str, Any]:
     models: list[Any] = [ErrorBody]
     for operation in shown:
         models += [model for model in (operation.takes, operation.gives) if model is not None]
-    names, definitions = models_json_schema(
+    _, definitions = models_json_schema(
         [(model, "validation") for model in dict.fromkeys(models)], ref_template=_REFERENCE + "{model}"
     )
     schemas = definitions["$defs"]
     _set_limits(schemas, service.settings)
+    _set_names(schemas, service)
     paths: dict[str, Any] = {}
     for operation in shown:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, service)
@@ -39,7 +40,7 @@ def document(service: Service) -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}, "admin": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {name: {"type": "http", "scheme": "bearer"} for name in ("key", "admin")},
         },
     }  # fmt: skip
 
@@ -70,7 +71,7 @@ def _responses(operation: Operation) -> dict[str, Any]:
     else:
         content = {"application/json": {"schema": _of(operation.gives)}}
     if operation.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}  # events of OpenAI's form, for which OpenAPI 3.1 has no words
     responses = {"200": {"description": "OK", "content": content}}
     for status, model in operation.otherwise:
         responses[str(status)] = {
@@ -93,6 +94,23 @@ def _of(model: type) -> dict[str, str]:
 
 def _phrase(status: int) -> str:
     return http.HTTPStatus(status).phrase
+
+
+def _set_names(schemas: dict[str, Any], service: Service) -> None:
+    """Write which models there are."""
+    served = [service.registry.get(name) for name in service.registry.names]
+    generators = [each.name for each in served if each.generates]
+    for model, names in (
+        ("CompletionRequest", generators),
+        ("ChatRequest", generators),
+        ("GenerateRequest", generators),
+        ("ClassifyRequest", [each.name for each in served if not each.generates]),
+    ):
+        described = schemas[model]["properties"]["model"]
+        for variant in described.get("anyOf", [described]):
+            if names and variant.get("type") == "string":
+                variant["enum"] = names
+                variant.pop("maxLength"), variant.pop("minLength")
 
 
 def _set_limits(schemas: dict[str, Any], settings: ServerSettings) -> None:

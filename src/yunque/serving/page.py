@@ -31,9 +31,7 @@ _HEADERS = {
 def page_routes() -> list[Route]:
     """One route for each file of the page, ``/`` for its index."""
     files = sorted(path for path in _FOLDER.glob("*") if path.suffix in _TYPES)
-    return [
-        Route("/" if path.name == _INDEX else f"/{path.name}", _server_of(path), methods=["GET"]) for path in files
-    ]
+    return [Route("/" if path.name == _INDEX else f"/{path.name}", _server_of(path), methods=["GET"]) for path in files]
 
 
 def _server_of(path: Path) -> Callable[[Request], Awaitable[Response]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
@@ -12,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from yunque.errors import InputError
 from yunque.runtime import GenerationOptions
 from yunque.serving import problems, schemas
-from yunque.serving.classifier_engine import ClassifierEngine, DeadlinePassed
+from yunque.serving.classifier_engine import ClassifierEngine
 from yunque.serving.generation import (
     Choice,
     Job,
@@ -28,7 +29,7 @@ from yunque.serving.generation import (
 )
 from yunque.serving.openai_api import manifest_header
 from yunque.serving.problems import Problem
-from yunque.serving.requests import Refused
+from yunque.serving.requests import DeadlinePassed, Refused
 from yunque.serving.security import parse, read_body
 from yunque.serving.service import Service
 from yunque.serving.sse import EventStream, event
@@ -78,15 +79,16 @@ def _answer(job: Job, number: int, choice: Choice) -> dict[str, Any]:
     return answer
 
 
-async def _stream(running: Running) -> AsyncIterator[bytes]:
+async def _stream(running: Running) -> AsyncGenerator[bytes, None]:
     """Events with an answer's new text; its last one holds the rest of what ``/generate`` tells of it."""
     choices = [Choice() for _ in running.streams]
-    async for number, news in running.events():
-        choices[number].add(news)
-        if news.finish_reason:
-            yield event({**_answer(running.job, number, choices[number]), "text": news.text})
-        elif news.text:
-            yield event({"index": number, "text": news.text, "finish_reason": None})
+    async with contextlib.aclosing(running.events()) as events:
+        async for number, news in events:
+            choices[number].add(news)
+            if news.finish_reason:
+                yield event({**_answer(running.job, number, choices[number]), "text": news.text})
+            elif news.text:
+                yield event({"index": number, "text": news.text, "finish_reason": None})
     yield event({"usage": running.job.usage(choices).model_dump()})
 
 
@@ -100,22 +102,27 @@ async def classify(request: Request) -> Response:
         raise Problem(
             400, f"text: {len(texts)} texts, this server takes {service.settings.max_texts} at most", param="text"
         )
+    # A tokenizer without special tokens makes none of some texts, which no model reads.
+    if not (await encode(served, [""]))[0] and not all(await encode(served, texts)):
+        raise Problem(400, "text: holds no token; give some text", param="text", code="invalid_value")
     kept = told(request)
     kept.texts["prompts"] = texts
     kept.fields |= {"model": served.name, "texts": len(texts), "manifest_sha256": served.manifest_sha256[:16]}
     limit_s = deadline_s(request, wanted.timeout, service.settings)
     assert isinstance(served.engine, ClassifierEngine)
     try:
-        found = await while_connected(
-            request, served.engine.classify(texts, client=kept.client, deadline_s=limit_s)
-        )
+        found = await while_connected(request, served.engine.classify(texts, client=kept.client, deadline_s=limit_s))
     except (Refused, InputError) as error:
         raise refusal(error) from error
     except DeadlinePassed as error:
         raise problems.deadline() from error
-    results = [{"label": max(each, key=each.__getitem__), "probabilities": each} for each in found]
+    results = [{"label": _best(each), "probabilities": each} for each in found]
     content = {"model": served.name, "manifest_sha256": served.manifest_sha256, "results": results}
     return JSONResponse(content, headers=manifest_header(served))
+
+
+def _best(probabilities: dict[str, float]) -> str:
+    return max(probabilities, key=lambda label: probabilities[label])
 
 
 async def swap(request: Request) -> Response:

@@ -57,9 +57,7 @@ async def answer_problem(request: Request, error: Exception) -> JSONResponse:
 
 def draining() -> Problem:
     """The server is going down."""
-    return Problem(
-        503, "the server is stopping; try another one", code="draining", headers={"Retry-After": "2"}
-    )
+    return Problem(503, "the server is stopping; try another one", code="draining", headers={"Retry-After": "2"})
 
 
 def queue_full(retry_after_s: float) -> Problem:

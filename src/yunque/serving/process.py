@@ -18,6 +18,9 @@ from yunque.serving.protocol import Patience, patient_protocol
 from yunque.serving.service import Service
 from yunque.serving.settings import ServerSettings, parse_settings
 
+_FLUSH_S = 5
+"""Time for the last bytes of finished answers to leave."""
+
 
 def main(argv: Sequence[str], prog: str) -> None:
     """Serve what ``argv`` says until a signal; SIGHUP reads the same settings again.
@@ -47,9 +50,7 @@ def run(settings: ServerSettings, read_again: Callable[[], ServerSettings] | Non
         logs.LOGGER.warning("open to the network without an API key; give --api_key_file")
     config = uvicorn.Config(
         app,
-        http=patient_protocol(
-            Patience(settings.header_timeout_s, settings.body_timeout_s, settings.write_timeout_s)
-        ),
+        http=patient_protocol(Patience(settings.header_timeout_s, settings.body_timeout_s, settings.write_timeout_s)),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -58,7 +59,7 @@ def run(settings: ServerSettings, read_again: Callable[[], ServerSettings] | Non
         proxy_headers=False,
         limit_concurrency=settings.max_connections,
         timeout_keep_alive=settings.keep_alive_s,
-        timeout_graceful_shutdown=1,  # what runs was waited for before
+        timeout_graceful_shutdown=_FLUSH_S,
         h11_max_incomplete_event_size=settings.max_header_bytes,
     )
     server = _Server(config, service, read_again)
@@ -121,18 +122,15 @@ class _Server(uvicorn.Server):
     async def _drain(self) -> None:
         """Let what was accepted finish, then stop."""
         service, limit_s = self._service, self._service.settings.drain_timeout_s
-        service.draining = True
-        logs.event("draining", timeout_s=limit_s)
-        began = time.monotonic()
-        if service.registry.ready:
-            await asyncio.to_thread(service.registry.drain, limit_s)
-        # The last tokens are made; their answers may still be on the way.
-        while self.server_state.tasks and time.monotonic() - began < limit_s and not self.should_exit:
+        service.draining = True  # from here on all new requests get 503, before they reach an engine
+        logs.event("draining", timeout_s=limit_s, active=service.active)
+        end = time.monotonic() + limit_s
+        while service.active and time.monotonic() < end and not self.should_exit:
             await asyncio.sleep(0.02)
         self._hurry()
 
     def _hurry(self) -> None:
-        self.cut_off = self.cut_off or len(self.server_state.tasks)
+        self.cut_off = self.cut_off or self._service.active
         self._stop()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

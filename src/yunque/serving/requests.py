@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,13 +90,23 @@ class Draining(Refused):
         super().__init__(message)
 
 
+class EngineFailed(Refused):
+    """The model fails at every request."""
+
+    reason = "failed"
+
+
+class DeadlinePassed(Exception):
+    """A request was not done in time."""
+
+
 class Stream:
     """The events of one request, in the event loop that submitted it; ends after the last text's last event."""
 
-    def __init__(self, request: Request, cancel: Callable[[], None]) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
         self.loop = asyncio.get_running_loop()
-        self._cancel = cancel
+        self.cancelled = False
         self._events: deque[Event] = deque()
         self._arrived = asyncio.Event()
         self._unfinished = request.n
@@ -109,7 +118,7 @@ class Stream:
 
     def cancel(self) -> None:
         """Give the request up (from any thread): its rows leave at the next step; what is unfinished ends so."""
-        self._cancel()
+        self.cancelled = True
 
     def __aiter__(self) -> Stream:
         """The stream is its own iterator."""

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _whole(value: Any) -> Any:
+    """3.0 is an integer to JSON Schema, as 3 is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _boolean(value: Any) -> Any:
+    """0 equals False to Python, but not to JSON."""
+    if not isinstance(value, bool):
+        raise ValueError("give true or false")
+    return value
+
+
+WHOLE = BeforeValidator(_whole)
+No = Annotated[Literal[False], BeforeValidator(_boolean)]
 
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}$"
 
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 ModelName = Annotated[str, Field(min_length=1, max_length=64)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = StopText | Annotated[list[StopText], Field(max_length=16)]
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(ge=0.001)]
 Zero = Annotated[float, Field(ge=0, le=0)]
-One = Annotated[int, Field(ge=1, le=1)]
+One = Annotated[int, Field(ge=1, le=1), WHOLE]
 Empty = Annotated[dict[str, Any], Field(max_length=0)]
 EmptyList = Annotated[list[Any], Field(max_length=0)]
 Texts = Annotated[list[Text], Field(min_length=1)]
@@ -32,7 +48,7 @@ class StreamOptions(Body):
     """What a stream tells beside the text."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
 
 
 class Sampling(Body):
@@ -41,11 +57,11 @@ class Sampling(Body):
     model: ModelName
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="1 when left out; 0 is greedy")
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(None, description="0: all tokens")
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] | None = Field(None, description="0: all tokens")
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
+    n: Annotated[int, Field(ge=1), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -60,11 +76,11 @@ class CompletionRequest(Sampling):
     """A text to continue, or several, as texts or token ids."""
 
     prompt: Text | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = Field(
         None, description="Log-probabilities of the chosen token and of so many alternatives"
     )
     best_of: One | None = None
-    echo: Literal[False] | None = None
+    echo: No | None = None
     suffix: Literal[""] | None = None
 
 
@@ -102,9 +118,9 @@ class ChatRequest(Sampling):
     """A conversation to continue with the assistant's next turn."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="Needs logprobs: true")
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = Field(None, description="Needs logprobs: true")
     response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     tools: EmptyList | None = None
@@ -112,7 +128,7 @@ class ChatRequest(Sampling):
     parallel_tool_calls: bool | None = None
     functions: EmptyList | None = None
     function_call: Literal["none", "auto"] | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     metadata: dict[str, Any] | None = Field(None, description="Taken and not used")
     service_tier: Literal["auto", "default"] | None = None
 
@@ -122,14 +138,14 @@ class GenerateRequest(Body):
 
     prompt: Text | Texts
     model: ModelName | None = Field(None, description="The first generating model when left out")
-    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    max_new_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
+    min_new_tokens: Annotated[int, Field(ge=0), WHOLE] = 0
     do_sample: bool = False
     temperature: Annotated[float, Field(ge=0.001, le=100)] = 1.0
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] = 0
     top_p: Annotated[float, Field(ge=0.0001, le=1)] = 1.0
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = 1.0
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] = 0
     stop: Annotated[list[StopText], Field(max_length=16)] = []
     logprobs: bool = False
     stream: bool = False

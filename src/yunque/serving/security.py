@@ -124,6 +124,15 @@ _HINTS = {
     "stop": "give a text or up to 16 texts of 1 to 256 characters",
     "text": "give a text or a list of texts",
     "content": "give a text or a list of text parts; images and audio are not supported",
+    **{
+        name: f"is not supported here; leave it out or give {neutral}"
+        for name, neutral in {
+            **dict.fromkeys(("frequency_penalty", "presence_penalty"), "0"),
+            **dict.fromkeys(("tools", "functions", "tool_calls"), "[]"),
+            **dict.fromkeys(("echo", "store"), "false"),
+            **{"logit_bias": "{}", "best_of": "1", "suffix": '""', "response_format": '{"type": "text"}'},
+        }.items()
+    },
 }
 
 

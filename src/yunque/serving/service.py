@@ -68,6 +68,7 @@ class Service:
             ClassifierSettings(threads=settings.threads, deadline_s=settings.timeout_s),
         )
         self.draining = False
+        self.active = 0  # requests that were let in and are not answered yet
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None
         self._swapping = threading.Lock()
@@ -99,11 +100,14 @@ class Service:
                 self.registry.load()
                 for name in self.registry.names:
                     self.chat_format(self.registry.get(name))
+                self.guard()
             except BaseException as error:
                 self.failure = error
                 loop.call_soon_threadsafe(self.on_failure)
             else:
-                logs.event("ready", models={name: self.registry.get(name).manifest_sha256 for name in self.registry.names})
+                logs.event(
+                    "ready", models={name: self.registry.get(name).manifest_sha256 for name in self.registry.names}
+                )
 
         threading.Thread(target=load, name="load", daemon=True).start()
 
@@ -120,7 +124,7 @@ class Service:
         """The served model of a name; the first that writes text, or the first that labels, when None.
 
         Raises:
-            Problem: 404, no such model; 400, one of the other kind; 503, still loading.
+            Problem: 404, no such model, or one of the other kind; 503, still loading.
         """
         self.check_ready()
         if name is None:
@@ -136,7 +140,7 @@ class Service:
             raise Problem(404, str(error), param="model", code="model_not_found") from error
         if served.generates != generates:
             hint = "is a classifier; use /classify" if served.kind == "classifier" else "writes text; use /generate"
-            raise Problem(400, f"model: {name} {hint}", param="model", code="wrong_kind_of_model")
+            raise Problem(404, f"model: {name} {hint}", param="model", code="wrong_kind_of_model")
         return served
 
     def chat_format(self, served: Served) -> ChatFormat | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.responses import Response
@@ -31,7 +31,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, running: Running, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+    def __init__(self, running: Running, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
         super().__init__(None, 200, {"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
         self._running = running
@@ -58,19 +58,15 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with contextlib.aclosing(self._with_problems()) as events:  # type: ignore[type-var]
-            async for chunk in events:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
-
-    async def _with_problems(self) -> AsyncIterator[bytes]:
-        """The events; what goes wrong after the status has been sent is the last of them."""
-        try:
-            async for chunk in self._events:
-                yield chunk
-        except Problem as problem:
-            self._running.job.told.fields["problem"] = problem.status
-            yield event(problem.body)
+        last = DONE
+        async with contextlib.aclosing(self._events) as events:
+            try:
+                async for chunk in events:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            except Problem as problem:  # the status has been sent: an event tells it
+                self._running.job.told.fields["problem"] = problem.status
+                last = event(problem.body)
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 async def _gone(receive: Receive) -> None:

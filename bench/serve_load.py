@@ -1,0 +1,129 @@
+"""What continuous batching gives: a server of one folder, one client and 16, beside one that answers one by one.
+
+    python bench/serve_load.py --model_name_or_path outputs/onnx_int8
+    python bench/serve_load.py --model_name_or_path FOLDER --threads 1   # on a busy machine: read tokens_cpu_s
+
+Starts serve/server.py twice, as it is and with --max_rows 1, and sends closed loops of the load test's own client to
+both: prompts of 128 words and answers of up to 64 tokens, which for the random models of bench/serve_generation.py
+are as many tokens (--prompts words: w300 to w30000). One JSON line: tokens a second and per CPU second of the server,
+first tokens in ms, and the two ratios of the project's targets: 16 clients batched over 16 clients one by one, and the
+first token's p99 of 16 clients (``closed``: all ask again at once; ``steady``: Poisson at 80 % of that rate) over that
+of one client. Answers of all runs are compared: batching must not change a greedy token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from yunque.errors import CheckFailed, run
+from yunque.serving.load.client import Client, Outcome
+from yunque.serving.load.soak import cpu_s
+from yunque.serving.load.summary import Objectives, summarize
+from yunque.serving.load.traffic import Workload, closed_loop, make_prompts, open_loop
+
+ROOT = Path(__file__).parents[1]
+PROMPTS, WORDS = 64, 128
+
+
+@contextmanager
+def serving(folder: Path, *options: object) -> Iterator[tuple[Client, int]]:
+    """A client of a server that is ready, and the server's process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "serve/server.py", f"m={folder}", "--port", str(port), *map(str, options)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if '"event": "ready"' in line:
+                break
+        else:
+            raise CheckFailed(f"the server did not start: {process.wait()}")
+        yield Client(f"http://127.0.0.1:{port}"), process.pid
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def measure(
+    client: Client, pid: int, work: Workload, clients: int, rate: float
+) -> tuple[dict[str, Any], list[Outcome]]:
+    """Rates and first tokens of a closed loop, or of Poisson arrivals where ``rate`` is above 0."""
+    used_s = cpu_s(pid)
+    loop = open_loop(client, work, rate) if rate else closed_loop(client, work, clients)
+    outcomes, window = asyncio.run(loop)
+    found = summarize("", outcomes, window, Objectives())
+    if found.rejected or found.failed or not found.completed:
+        raise CheckFailed(f"{clients} clients: refused {found.rejected}, failed {found.failed}, {found.completed} done")
+    row = {
+        "requests_s": round(found.completed_rate, 3),
+        "tokens_s": round(found.tokens_s, 1),
+        "tokens_cpu_s": round(sum(each.tokens for each in outcomes) / (cpu_s(pid) - used_s), 1),
+        "first_token_p50_ms": round(1e3 * found.first_token.p50, 1),
+        "first_token_p99_ms": round(1e3 * found.first_token.p99, 1),
+        "requests": found.requests,
+    }
+    return row, outcomes
+
+
+def prompts(kind: str) -> Sequence[str]:
+    """As many words as tokens for the random models, plain words for others."""
+    if kind == "plain":
+        return make_prompts(PROMPTS, WORDS, seed=0)
+    pick = random.Random(0)
+    return [" ".join(f"w{pick.randrange(300, 30000)}" for _ in range(WORDS)) for _ in range(PROMPTS)]
+
+
+def main() -> None:
+    """Measure, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--prompts", choices=("words", "plain"), default="words")
+    args = parser.parse_args()
+    work = Workload(model="m", prompts=prompts(args.prompts), max_tokens=64, warmup_s=5.0, duration_s=args.seconds)
+    rows: dict[str, Any] = {}
+    answers: dict[str, set[str]] = {}
+
+    def note(name: str, client: Client, pid: int, clients: int, rate: float = 0.0) -> None:
+        rows[name], outcomes = measure(client, pid, work, clients, rate)
+        for each in outcomes:
+            answers.setdefault(each.prompt, set()).add(each.text)
+
+    with serving(args.model_name_or_path.absolute(), "--threads", args.threads) as (client, pid):
+        note("one_client", client, pid, 1)
+        note("closed", client, pid, args.clients)
+        note("steady", client, pid, args.clients, 0.8 * rows["closed"]["requests_s"])
+    with serving(args.model_name_or_path.absolute(), "--threads", args.threads, "--max_rows", 1) as (client, pid):
+        note("one_by_one", client, pid, args.clients)
+    unloaded = rows["one_client"]["first_token_p99_ms"]
+    ratios = {name: round(rows[name]["first_token_p99_ms"] / unloaded, 2) for name in ("closed", "steady")}
+    changed = [prompt for prompt, texts in answers.items() if len(texts) > 1]
+    result = {
+        "threads": args.threads, "clients": args.clients, "time": time.strftime("%Y-%m-%d %H:%M"), **rows,
+        "tokens_s_ratio": round(rows["closed"]["tokens_s"] / rows["one_by_one"]["tokens_s"], 2),
+        "tokens_cpu_s_ratio": round(rows["closed"]["tokens_cpu_s"] / rows["one_by_one"]["tokens_cpu_s"], 2),
+        "first_token_p99_ratio": ratios,
+        "prompts": len(answers), "prompts_with_different_answers": len(changed),
+    }  # fmt: skip
+    print(json.dumps(result))
+    if changed:
+        raise CheckFailed(f"{len(changed)} prompts got different greedy answers")
+
+
+if __name__ == "__main__":
+    run(main)

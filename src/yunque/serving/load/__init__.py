@@ -1,0 +1,1 @@
+"""The client's side of a server under load: requests with their times, traffic, what was measured, a soak."""

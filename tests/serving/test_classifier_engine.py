@@ -85,13 +85,13 @@ def test_refusals_deadlines_and_failures(classifier, exported, prompts, monkeypa
 class Rude:
     """A classifier engine for which shouting is toxic."""
 
-    class model:  # noqa: N801
+    class model:
         labels = ("nothate", "hate")
 
-        class spec:  # noqa: N801
+        class spec:
             independent_labels, max_positions = False, None
 
-        class tokenizer:  # noqa: N801
+        class tokenizer:
             encode = staticmethod(lambda texts: [text.split() for text in texts])
 
     def __init__(self):

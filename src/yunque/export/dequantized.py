@@ -104,6 +104,19 @@ def input_scale(low: float, high: float) -> tuple[np.float32, np.uint8]:
     return scale, np.uint8(np.clip(np.rint(-np.float32(low) / scale), 0, 255))
 
 
+def relative_error(weight: Array, quantized: Array, scheme: LayerScheme, rows: Array | None) -> float:
+    """Size of the error of a layer's outputs on ``rows`` [rows, in], or of its weight, by that of the right ones."""
+    if rows is None:
+        return _relative(quantized - weight, weight)
+    wanted = rows @ weight
+    return _relative(quantized_inputs(rows, scheme) @ quantized - wanted, wanted)
+
+
+def _relative(error: Array, wanted: Array) -> float:
+    size = float(np.linalg.norm(wanted))
+    return float(np.linalg.norm(error)) / size if size else 0.0
+
+
 # --- packing ----------------------------------------------------------------------------------------------------------
 
 
@@ -139,8 +152,8 @@ def _pack_blocks(blocks: Floats, importance: Floats, bits: int) -> tuple[Array, 
         best_errors = np.where(better, errors, best_errors)
         best_scales = np.where(better, scales, best_scales)
     best_scales = _or_one(best_scales)
-    values: Array = (_rounded(blocks, best_scales, middle) + middle).astype(np.uint8)
-    return (values if bits == 8 else values[..., 0::2] | values[..., 1::2] << 4), best_scales
+    whole = (_rounded(blocks, best_scales, middle) + middle).astype(np.uint8)
+    return (whole if bits == 8 else whole[..., 0::2] | whole[..., 1::2] << 4), best_scales
 
 
 def _rounded(blocks: Floats, scales: Floats, middle: int) -> Floats:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from numpy.typing import NDArray
 
 from yunque import artifacts
+from yunque.compression.ranges import Inputs
 from yunque.compression.schemes import PrecisionPlan
 from yunque.errors import InputError
 from yunque.export.arguments import ExportArguments
@@ -71,14 +71,14 @@ def write_folder(
     source: Source,
     folder: Path,
     precision: PrecisionPlan | None = None,
-    importance: Mapping[str, NDArray[Any]] | None = None,
+    inputs: Mapping[str, Inputs] | None = None,
 ) -> list[Written]:
     """Write graphs, weights, ``runtime.json``, configuration and tokenizer of ``source`` into ``folder``.
 
-    Layers are float32 unless ``precision`` says otherwise; ``importance`` is the mean square [in] of their inputs.
-    Returns what became of each.
+    Layers are float32 unless ``precision`` says otherwise; ``inputs`` is what was seen of their inputs. Returns what
+    became of each.
     """
-    progress = Precision(precision or PrecisionPlan(), importance or {})
+    progress = Precision(precision or PrecisionPlan(), inputs or {})
     with WeightFile(folder) as weights:
         files = _save_graphs(source.graphs(weights, progress), folder)
     specification(source, files).save(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from yunque.compression.schemes import FLOAT32, LayerScheme, PrecisionPlan
 from yunque.errors import InputError
-from yunque.export.dequantized import NF4, Packed, input_scale, pack
+from yunque.export.dequantized import NF4, Packed, input_scale, pack, relative_error, unpack
 
 if TYPE_CHECKING:
+    from yunque.compression.ranges import Inputs
     from yunque.export.graph import Graph
     from yunque.export.source import Source
 
@@ -45,6 +46,7 @@ class Written:
     scheme: LayerScheme
     reason: str  # why it is not in the scheme of the plan; empty when it is
     num_bytes: int  # of values and scales
+    error: float  # of its outputs on the inputs that were seen, else of its weight; relative to their norm
 
     @property
     def float32_bytes(self) -> int:
@@ -57,25 +59,35 @@ class Precision:
     """A plan while graphs are written by it, and what became of every layer by its name."""
 
     plan: PrecisionPlan = field(default_factory=PrecisionPlan)
-    importance: Mapping[str, Array] = field(default_factory=dict)
-    """Mean square [in] of each layer's inputs, where they were measured."""
+    inputs: Mapping[str, Inputs] = field(default_factory=dict)
+    """What was seen of each layer's inputs, where they were measured."""
     written: dict[str, Written] = field(default_factory=dict)
     tables: dict[str, Packed] = field(default_factory=dict)
     """Heads and embeddings, which several graphs hold."""
 
-    def take(self, layer: Layer, num_bytes: Callable[[LayerScheme], int]) -> LayerScheme:
-        """The scheme of ``layer``, noted."""
+    def pack(self, layer: Layer, weight: Array) -> tuple[LayerScheme, Packed | None]:
+        """``weight`` [in, out] of ``layer`` in its scheme, and None where that is float32."""
         wanted = self.plan.scheme(layer.name)
         reason = reason_to_leave(layer, wanted)
-        scheme = FLOAT32 if reason else wanted
-        self.written[layer.name] = Written(layer, scheme, reason, num_bytes(scheme))
-        return scheme
+        if reason or not wanted.is_quantized:
+            self.written[layer.name] = Written(layer, FLOAT32, reason, 4 * weight.size, 0.0)
+            return FLOAT32, None
+        seen = self.inputs.get(layer.name)
+        packed = pack(weight, wanted, None if seen is None else seen.importance)
+        error = relative_error(
+            weight, unpack(packed, layer.shape, wanted), wanted, None if seen is None else seen.sample
+        )
+        self.written[layer.name] = Written(layer, wanted, "", packed.nbytes, error)
+        return wanted, packed
 
-    def table(self, name: str, table: Array, scheme: LayerScheme) -> Packed:
-        """``table`` [vocabulary, features] in ``scheme``, made once."""
-        if name not in self.tables:
-            self.tables[name] = pack(table.T, scheme, self.importance.get(name))
-        return self.tables[name]
+    def table(self, layer: Layer, table: Array) -> tuple[LayerScheme, Packed | None]:
+        """``table`` [vocabulary, features] of a head or an embedding, packed once."""
+        if layer.name in self.tables:
+            return self.written[layer.name].scheme, self.tables[layer.name]
+        scheme, packed = self.pack(layer, table.T)
+        if packed is not None:
+            self.tables[layer.name] = packed
+        return scheme, packed
 
 
 def quantizable_layers(source: Source) -> list[Layer]:
@@ -110,28 +122,38 @@ def applied(plan: PrecisionPlan, layer: Layer) -> LayerScheme:
     return FLOAT32 if reason_to_leave(layer, scheme) else scheme
 
 
+def layer_module(source: Source, layer: Layer) -> Any:
+    """The torch module whose inputs are those of ``layer``."""
+    if layer.role == "head":
+        return source.model.get_output_embeddings()
+    return source.model.get_submodule(layer.parameters[0].removesuffix(".weight"))
+
+
+def expected_bytes(layer: Layer, scheme: LayerScheme) -> int:
+    """Bytes of values and scales of ``layer`` in ``scheme``."""
+    inputs, outputs = layer.shape
+    size = scheme.block_size or 1
+    if scheme.kind == "nf4":
+        return -(-inputs * outputs // 2) + 4 * -(-inputs * outputs // size)
+    if scheme.kind in ("int4", "int8_weights"):
+        return outputs * -(-inputs // size) * (size // (2 if scheme.kind == "int4" else 1) + 4)
+    return inputs * outputs + 4 * outputs if scheme.is_quantized else 4 * inputs * outputs
+
+
 # --- linear layers ----------------------------------------------------------------------------------------------------
 
 
 def linear(graph: Graph, value: str, name: str, weight: Array, parameters: tuple[str, ...], bias: Array | None) -> str:
     """``value`` [..., in] times ``weight`` [in, out] plus ``bias`` [out], in the precision of the plan."""
-    inputs, outputs = weight.shape
-    packed: list[Packed] = []
-
-    def size(scheme: LayerScheme) -> int:
-        if not scheme.is_quantized:
-            return int(4 * inputs * outputs)
-        packed.append(pack(weight, scheme, graph.precision.importance.get(name)))
-        return packed[0].nbytes
-
-    scheme = graph.precision.take(Layer(name, parameters, (inputs, outputs), "linear"), size)
-    if not scheme.is_quantized:
+    layer = Layer(name, parameters, (weight.shape[0], weight.shape[1]), "linear")
+    scheme, packed = graph.precision.pack(layer, weight)
+    if packed is None:
         product = graph.op("MatMul", value, graph.weight(f"{name}.weight", weight))
         return product if bias is None else graph.op("Add", product, graph.weight(f"{name}.bias", bias))
     bias_name = "" if bias is None else graph.weight(f"{name}.bias", bias)
     if scheme.kind in ("int8_dynamic", "int8_static"):
-        return _int8_linear(graph, value, name, packed[0], scheme, bias_name)
-    return _blockwise(graph, value, name, name, packed[0], scheme, (inputs, outputs), bias_name)
+        return _int8_linear(graph, value, name, packed, scheme, bias_name)
+    return _blockwise(graph, value, name, name, packed, scheme, layer.shape, bias_name)
 
 
 def _int8_linear(graph: Graph, value: str, name: str, packed: Packed, scheme: LayerScheme, bias: str) -> str:
@@ -199,12 +221,12 @@ def head(graph: Graph, value: str, name: str, weight: Array, key: str, scale: fl
     ``key`` is the name of the embedding where that is the same matrix, whose bytes then serve both.
     """
     layer_name = name.removesuffix(".weight")
-    scheme = _table_scheme(graph, layer_name, weight, key, "head")
+    layer = Layer(layer_name, (key,), (weight.shape[1], weight.shape[0]), "head")
+    scheme, packed = graph.precision.table(layer, weight)
     bias_name = "" if bias is None or not bias.any() else graph.weight(f"{layer_name}.bias", bias.reshape(-1))
-    if not scheme.is_quantized:
+    if packed is None:
         inputs = [value, graph.weight(name, weight, key), *([bias_name] if bias_name else [])]
         return graph.op("Gemm", *inputs, transB=1, alpha=scale)
-    packed = graph.precision.table(layer_name, weight, scheme)
     if scheme.kind not in ("int8_dynamic", "int8_static"):
         value = value if scale == 1 else graph.op("Mul", value, graph.constant(scale, "float32"))
         return _blockwise(graph, value, layer_name, key, packed, scheme, (weight.shape[1], weight.shape[0]), bias_name)
@@ -226,14 +248,11 @@ def head(graph: Graph, value: str, name: str, weight: Array, key: str, scale: fl
 def embedding(graph: Graph, ids: str, name: str, table: Array, tied_to: str = "") -> str:
     """Rows ``ids`` of ``table`` [vocabulary, features]; ``tied_to`` names the head that is the same matrix."""
     layer_name = (tied_to or name).removesuffix(".weight")
-    if tied_to:
-        layer = Layer(layer_name, (name,), (table.shape[1], table.shape[0]), "head")
-        scheme = applied(graph.precision.plan, layer)
-    else:
-        scheme = _table_scheme(graph, layer_name, table, name, "embedding")
-    if not scheme.is_quantized:
+    role: Literal["head", "embedding"] = "head" if tied_to else "embedding"
+    layer = Layer(layer_name, (name,), (table.shape[1], table.shape[0]), role)
+    scheme, packed = graph.precision.table(layer, table)
+    if packed is None:
         return graph.op("Gather", graph.weight(name, table), ids, axis=0)
-    packed = graph.precision.table(layer_name, table, scheme)
     if scheme.kind in ("int8_dynamic", "int8_static"):
         values = graph.weight(f"{name}.rows_int8", packed.values.T, f"{name}.weight_int8")
         scales = graph.weight(f"{name}.rows_scale", packed.scales[:, None], f"{name}.weight_scale")
@@ -259,13 +278,3 @@ def _nf4_rows(graph: Graph, ids: str, name: str, values: str, absmax: Array, fea
     blocks = graph.op("Reshape", pairs, graph.constant([0, 0, absmax.shape[1], -1], "int64"))
     scales = graph.op("Gather", graph.weight(f"{name}.rows_scale", absmax, f"{name}.weight_scale"), ids, axis=0)
     return graph.op("Reshape", graph.op("Mul", blocks, scales), graph.constant([0, 0, features], "int64"))
-
-
-def _table_scheme(
-    graph: Graph, name: str, table: Array, parameter: str, role: Literal["head", "embedding"]
-) -> LayerScheme:
-    def size(scheme: LayerScheme) -> int:
-        return graph.precision.table(name, table, scheme).nbytes if scheme.is_quantized else int(table.nbytes)
-
-    layer = Layer(name, (parameter,), (table.shape[1], table.shape[0]), role)
-    return graph.precision.take(layer, size)

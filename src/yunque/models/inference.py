@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ def load_for_inference(args: ModelArguments) -> InferenceModel:
     kind = stored_kind(config)
     if kind != FULL and args.load_in_4bit:
         raise InputError(f"load_in_4bit: {base} is stored as {kind} already; leave load_in_4bit out")
+    if kind != FULL:  # asked for another dtype, transformers gives it to the biases alone
+        args = replace(args, dtype="auto")
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         with without_float32_modules(_stores_float32_modules_packed(base, auto, config), auto, config):

@@ -173,6 +173,8 @@ def load_classifier(name: str, option: str = "reward_model_name_or_path") -> tup
         raise _unloadable(option, name, "classifier", error) from error
     if report["missing_keys"]:
         raise InputError(f"{option}: {name} has no trained classification head (missing {min(report['missing_keys'])})")
+    if any(is_quantized(parameter) for parameter in model.parameters()):
+        keep_packing(model)
     return model.eval(), tokenizer
 
 

@@ -29,12 +29,14 @@ class Server:
             cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | (environment or {}),
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self.began, self.log, self.url, self.ready_s = time.monotonic(), [], None, None
+        self.began, self.log, self.url, self.ready_s, self.ready_ticks = time.monotonic(), [], None, None, None
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
         if wait:
             self.wait_for("ready")
             self.ready_s = time.monotonic() - self.began
+            with open(f"/proc/{self.process.pid}/stat") as file:
+                self.ready_ticks = sum(map(int, file.read().rsplit(")")[-1].split()[11:13]))
 
     def _read(self):
         for line in self.process.stderr:

@@ -47,14 +47,14 @@ def test_killed_started_again_swapped_and_ended_under_load(models, tmp_path):
         for each in (first, second)
     }
     with Server(tmp_path, *options, "--port", 0) as server, ThreadPoolExecutor(8) as pool:
-        first_ready_s, port = server.ready_s, server.address[1]
+        first_ready_ticks, port = server.ready_ticks, server.address[1]
         asking = [pool.submit(ask, server) for _ in range(4)]
         _until_running(server, 4)
         server.send(signal.SIGKILL)
         assert server.end() == -signal.SIGKILL
         assert all(isinstance(each.exception(), httpx.TransportError) for each in asking)
     with Server(tmp_path, *options, "--port", port) as server, ThreadPoolExecutor(12) as pool:
-        assert server.ready_s < 2 * first_ready_s
+        assert server.ready_ticks < 2 * first_ready_ticks  # of the processor: others may be busy on this machine
         _swap_under_load(server, pool, models, texts)
         _end_under_load(server, pool, texts[_manifest(second.folder)])
         assert server.end() == 0

@@ -333,7 +333,11 @@ def _groups(prompts: Sequence[Sequence[int]]) -> Iterator[range]:
 
 
 def _padded(prompts: Sequence[Sequence[int]], max_positions: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Token ids [rows, longest, to whole vectors], filled up with 0 on the right, and their lengths."""
+    """Token ids [rows, longest, to whole vectors], filled up with 0 on the right, and their lengths.
+
+    Not beyond ``max_positions``: where that is no whole number of vectors, the last few positions are the one place
+    where last bits may depend on the other rows.
+    """
     lengths = np.array([len(prompt) for prompt in prompts], np.int64)
     width = min(whole(int(lengths.max())), max_positions or 1 << 30)
     tokens = np.zeros((len(prompts), width), np.int64)

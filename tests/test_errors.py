@@ -66,3 +66,24 @@ def test_disk_full_is_known_in_the_words_of_torch_and_safetensors():
     assert errors.is_disk_full(Exception("Error while serializing: I/O error: No space left on device (os error 28)"))
     assert errors.is_disk_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
     assert not errors.is_disk_full(OSError(errno.EACCES, "Permission denied"))
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("torch.nn", "error: torch is not installed, which this needs; pip install 'yunque[train]'\n"),
+        ("sklearn", "error: sklearn is not installed, which this needs; pip install 'yunque[train]'\n"),
+        ("onnxscript", "error: onnxscript is not installed, which this needs; pip install 'yunque[compress]'\n"),
+    ],
+)
+def test_a_missing_extra_is_named(module, line, capsys):
+    assert leave(ModuleNotFoundError(f"No module named {module!r}", name=module)) == 2
+    assert capsys.readouterr().err == line
+
+
+def test_another_missing_module_is_a_defect():
+    def main() -> None:
+        raise ModuleNotFoundError("No module named 'yunque.absent'", name="yunque.absent")
+
+    with pytest.raises(ModuleNotFoundError):
+        errors.run(main)

@@ -28,4 +28,5 @@ def find_profile(name: str) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
-    raise InputError(f"profile: there is no {name}; take {', '.join(known)}, or the path of a YAML file")
+    choices = ", ".join([*known, "or the path of a YAML file"]) if known else "the path of a YAML file"
+    raise InputError(f"profile: there is no {name}; take {choices}")

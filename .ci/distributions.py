@@ -1,0 +1,29 @@
+"""Whether wheel and source distribution hold what they must and nothing else: distributions.py FOLDER."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FORBIDDEN = ("tests/", "recipes/", "compress/", "bench/", "outputs/")
+
+(wheel,), (source,) = (list(Path(sys.argv[1]).glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
+tracked = subprocess.run(["git", "ls-files", "src/yunque"], cwd=ROOT, capture_output=True, text=True, check=True)
+wanted = {name.removeprefix("src/") for name in tracked.stdout.splitlines() if not name.endswith("README.md")}
+held = set(zipfile.ZipFile(wheel).namelist())
+package = {name for name in held if not name.partition("/")[0].endswith(".dist-info")}
+if missing := wanted - held:
+    sys.exit(f"{wheel.name} lacks {', '.join(sorted(missing))}")
+if strange := package - wanted:
+    sys.exit(f"{wheel.name} holds {', '.join(sorted(strange))}")
+if not any(name.endswith("/licenses/LICENSE") for name in held):
+    sys.exit(f"{wheel.name} has no licence")
+with tarfile.open(source) as archive:
+    names = {name.partition("/")[2] for name in archive.getnames()}
+if missing := {f"src/{name}" for name in wanted} | {"LICENSE", "README.md", "pyproject.toml"} - names:
+    missing -= names
+    if missing:
+        sys.exit(f"{source.name} lacks {', '.join(sorted(missing))}")
+print(f"{wheel.name}: {len(package)} files of the package, each tracked; {source.name}: the same")

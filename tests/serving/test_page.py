@@ -98,6 +98,7 @@ def test_an_answer_streams_in_and_its_speed_is_shown(playground, browser):
     wait(browser, "document.querySelector('.text')?.textContent === 'A '")  # the first piece alone: it streams
     assert browser.evaluate("document.querySelector('.answer').getAttribute('aria-busy')") == "true"
     answered(browser)
+    wait(browser, "document.querySelector('.answer dl').innerText.includes('Toxicity')")  # scored after its end
     assert text(browser, ".text") == f"A streamed {EVIL}"
     assert browser.evaluate("window.broken") is None
     [asked, judged] = script.asked

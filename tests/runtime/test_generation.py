@@ -80,7 +80,7 @@ def test_beams_equal_transformers(exported, prompts, name, beams, penalty, stopp
     eos = with_eos(made, ids)
     options = {
         "num_beams": beams, "length_penalty": penalty, "early_stopping": stopping, "max_new_tokens": 12,
-        "repetition_penalty": 1.2, "min_new_tokens": 2,
+        "repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "min_new_tokens": 2,
     }  # fmt: skip
     answers = made.runtime.generate(ids, eos_token_ids=eos, batch_size=beams * 3, **options)
     for answer, (wanted, score) in zip(

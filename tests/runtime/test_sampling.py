@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import NoRepeatNGramLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from yunque.runtime import sampling
 
@@ -68,3 +68,18 @@ def test_log_probabilities():
     tokens = np.array([4, 0, 49])
     wanted = torch.from_numpy(logits).log_softmax(dim=-1)[torch.arange(3), tokens].numpy()
     np.testing.assert_allclose(sampling.log_probabilities(logits, tokens), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_no_row_repeats_a_sequence_of_its_own_size():
+    random = np.random.default_rng(2)
+    context, lengths = random.integers(0, 4, size=(40, 30)), random.integers(1, 31, size=40)
+    sizes = np.arange(40) % 5
+    logits = random.normal(size=(40, 4)).astype(np.float32)
+    wanted = logits.copy()
+    for row, (length, size) in enumerate(zip(lengths, sizes, strict=True)):
+        if size:
+            tokens, scores = torch.from_numpy(context[row, :length])[None], torch.from_numpy(logits[row].copy())[None]
+            wanted[row] = NoRepeatNGramLogitsProcessor(int(size))(tokens, scores)[0]
+    sampling.forbid_repeated_ngrams(logits, context, lengths, sizes)
+    np.testing.assert_array_equal(logits, wanted)
+    assert 0 < np.isinf(logits).sum() < logits.size

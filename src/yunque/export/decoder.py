@@ -129,16 +129,15 @@ class Decoder:
         keys, values = self.cross_cache(layer, heads)
         split = graph.op("Reshape", queries, graph.constant([0, 0, heads.num_query, heads.size], "int64"))
         by_head = graph.op("Transpose", split, perm=[0, 2, 1, 3])
-        scores = graph.contrib("FusedMatMul", by_head, keys, alpha=scale)
+        scores = graph.contrib("FusedMatMul", by_head, keys, transB=1, alpha=scale)
         weights = graph.op("Softmax", graph.op("Add", scores, bias), axis=-1)
         mixed = graph.op("Transpose", graph.op("MatMul", weights, values), perm=[0, 2, 1, 3])
         return graph.op("Reshape", mixed, graph.constant([0, 0, heads.width], "int64"))
 
     def cross_cache(self, layer: int, heads: Heads) -> tuple[str, str]:
-        """The encoder's keys [rows, heads, size, source] and values [rows, heads, source, size], made once per text."""
-        graph = self.graph
-        keys = graph.input(f"cross_key.{layer}", "float32", ("rows", heads.num_query, heads.size, "source"))
-        values = graph.input(f"cross_value.{layer}", "float32", ("rows", heads.num_query, "source", heads.size))
+        """The encoder's keys and values, each [rows, heads, source, size], made once per text."""
+        shape = ("rows", heads.num_query, "source", heads.size)
+        keys, values = (self.graph.input(f"cross_{kind}.{layer}", "float32", shape) for kind in ("key", "value"))
         return keys, values
 
     def logits(
@@ -183,11 +182,9 @@ def encoder_attention(graph: Graph, qkv: str, heads: Heads, *, scale: float, pad
 def cross_keys_and_values(graph: Graph, layer: int, heads: Heads, keys_values: str) -> None:
     """Declare the encoder's outputs for decoder layer ``layer`` from ``keys_values``: both side by side.
 
-    Keys come transposed, [rows, heads, size, length], so that no step of the decoder has to.
+    Keys lie as values do, a row of memory per token: a step that reads them is bound by memory, and so in its order.
     """
     split = graph.op("Reshape", keys_values, graph.constant([0, 0, 2 * heads.num_query, heads.size], "int64"))
-    keys, values = graph.split(split, [heads.num_query] * 2, axis=2)
-    keys = graph.op("Transpose", keys, perm=[0, 2, 3, 1])
-    values = graph.op("Transpose", values, perm=[0, 2, 1, 3])
-    graph.output(keys, f"cross_key.{layer}", "float32", ("rows", heads.num_query, heads.size, "source"))
-    graph.output(values, f"cross_value.{layer}", "float32", ("rows", heads.num_query, "source", heads.size))
+    by_head = graph.op("Transpose", split, perm=[0, 2, 1, 3])
+    for kind, part in zip(("key", "value"), graph.split(by_head, [heads.num_query] * 2, axis=1), strict=True):
+        graph.output(part, f"cross_{kind}.{layer}", "float32", ("rows", heads.num_query, "source", heads.size))

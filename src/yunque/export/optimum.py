@@ -204,8 +204,7 @@ class FirstDecoder(_Seq2SeqDecoder):
 
     def cross_cache(self, layer: int, heads: Heads) -> tuple[str, str]:
         """Its own outputs."""
-        keys, values = self._cross[layer]
-        return self.graph.op("Transpose", keys, perm=[0, 1, 3, 2]), values
+        return self._cross[layer]
 
     def past(self, layer: int, heads: Heads) -> None:
         """Nothing came before."""
@@ -232,7 +231,7 @@ class LaterDecoder(_Seq2SeqDecoder):
         keys, values = (
             graph.input(f"past_key_values.{layer}.encoder.{kind}", "float32", shape) for kind in ("key", "value")
         )
-        return graph.op("Transpose", keys, perm=[0, 1, 3, 2]), values
+        return keys, values
 
     def mask(self, keys: str, window: int) -> str:
         """[length, total], made once; it hides something where several tokens are given at once."""

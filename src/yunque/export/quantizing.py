@@ -182,15 +182,11 @@ class _OnnxJob:
         return plan
 
     def _check_anything(self, plan: PrecisionPlan) -> None:
-        reasons: Counter[str] = Counter()
-        for layer in self.layers:
-            scheme = plan.scheme(layer.name)
-            reason = _reason(layer, scheme) if scheme.is_quantized else "it stays float32 by the plan"
-            if not reason:
-                return
-            reasons[reason] += 1
-        (reason, _), *_ = reasons.most_common(1)
-        raise CheckFailed(f"nothing to quantize: none of {len(self.layers)} layers changes; of most: {reason}")
+        wanted = [(layer, plan.scheme(layer.name)) for layer in self.layers if plan.scheme(layer.name).is_quantized]
+        reasons = Counter(_reason(layer, scheme) for layer, scheme in wanted)
+        if "" not in reasons:
+            reason = max(reasons, key=lambda text: reasons[text]) if wanted else "they stay float32 by the plan"
+            raise CheckFailed(f"nothing to quantize: none of {len(self.layers)} layers changes; of most: {reason}")
 
     def _without_range(self, plan: PrecisionPlan) -> list[Layer]:
         return [

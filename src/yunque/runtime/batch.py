@@ -51,6 +51,7 @@ class _Plan:
     min_new: Ints
     eos: Ints  # [rows, most], filled up with -1
     penalty: NDArray[np.float32]
+    ngram: Ints
     sampled: NDArray[np.bool_]
     temperature: NDArray[np.float32]
     top_k: Ints
@@ -74,6 +75,7 @@ class _Plan:
             min_new=column("min_new_tokens", np.int64),
             eos=np.array([[*ids, *[-1] * (most - len(ids))] for ids in eos], np.int64).reshape(len(rows), most),
             penalty=column("repetition_penalty", np.float32),
+            ngram=column("no_repeat_ngram_size", np.int64),
             sampled=column("do_sample", np.bool_),
             temperature=column("temperature", np.float32),
             top_k=column("top_k", np.int64),
@@ -209,9 +211,10 @@ class Batch:
     ) -> tuple[Ints, NDArray[np.float32] | None]:
         """The next tokens [rows] from ``logits`` [rows, vocabulary], and their log-probabilities if asked for."""
         raw = logits
-        if (plan.penalty != 1).any():
+        if (plan.penalty != 1).any() or plan.ngram.any():
             logits = logits.copy()
             sampling.penalize_repetition(logits, self._context, places, plan.penalty)
+            sampling.forbid_repeated_ngrams(logits, self._context, places, plan.ngram)
         early = made < plan.min_new
         if early.any() and plan.eos.shape[1]:
             logits = logits.copy() if logits is raw else logits

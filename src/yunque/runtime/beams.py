@@ -135,11 +135,15 @@ class BeamSearch:
         return np.take_along_axis(totals, best, axis=1), best // size, best % size
 
     def _process(self, scores: NDArray[np.float32]) -> None:
-        """Repetition penalty, shortest length and the tokens a text must begin or end with, in place."""
+        """Penalties of repetition, shortest length and the tokens a text must begin or end with, in place."""
         penalties = np.array([search.options.repetition_penalty for search in self._searches], np.float32)
         if (penalties != 1).any():
             penalty = np.repeat(penalties, self._beams)
             sampling.penalize_repetition(scores, self._context, self._begins + self._made, penalty)
+        sizes = np.array([search.options.no_repeat_ngram_size for search in self._searches], np.int64)
+        if sizes.any():
+            sizes = np.repeat(sizes, self._beams)
+            sampling.forbid_repeated_ngrams(scores, self._context, self._begins + self._made, sizes)
         for request, search in self._enumerated():
             rows = slice(request * self._beams, (request + 1) * self._beams)
             if self._made < search.options.min_new_tokens:

@@ -24,6 +24,7 @@ class GenerationOptions:
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0  # no sequence of so many tokens twice; 0: any
     seed: int = 0
     eos_token_ids: tuple[int, ...] | None = None
     stop: tuple[str, ...] = ()  # ends the text before the first of these strings
@@ -41,6 +42,7 @@ class GenerationOptions:
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("top_p", 0 < self.top_p <= 1, "a share above 0, up to 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "a number above 0; 1 is none"),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (none) or more"),
             ("seed", 0 <= self.seed < 1 << 64, "a whole number from 0"),
             ("num_beams", self.num_beams >= 1, "1 or more"),
             ("stop", all(self.stop), "texts that are not empty"),

@@ -88,10 +88,7 @@ class Rows:
                 continue
             kept = tuple(slice(size) for size in array.shape[1:])
             self._cross[name][(slice(row, row + count), *kept)] = array
-            if name.startswith("cross_key"):
-                self._cross[name][row : row + count, :, :, width:] = 0
-            else:
-                self._cross[name][row : row + count, :, width:] = 0
+            self._cross[name][row : row + count, :, width:] = 0
         known = np.arange(self._source) < lengths[:, None]
         self._cross["cross_bias"][row : row + count, 0, 0] = np.where(known, np.float32(0), np.float32(_MASKED))
 

@@ -43,6 +43,21 @@ def penalize_repetition(logits: Floats, context: Ints, lengths: Ints, penalty: F
     np.put_along_axis(logits, tokens, np.where(found < 0, found * scale, found / scale), axis=1)
 
 
+def forbid_repeated_ngrams(logits: Floats, context: Ints, lengths: Ints, sizes: Ints) -> None:
+    """Set logits to -inf, in place, of tokens that would end a sequence of ``sizes[r]`` tokens that row r has already.
+
+    Row r's context is its first ``lengths[r]`` tokens; size 0 forbids nothing (Paulus et al., 2018, arXiv:1705.04304).
+    """
+    for size in np.unique(sizes[(sizes > 0) & (lengths >= sizes)]).tolist():
+        rows = np.flatnonzero((sizes == size) & (lengths >= size))
+        ends = lengths[rows]
+        windows = np.lib.stride_tricks.sliding_window_view(context[rows, : int(ends.max())], size, axis=1)
+        newest = np.take_along_axis(context[rows], ends[:, None] + np.arange(1 - size, 0), axis=1)
+        same = (windows[:, :, : size - 1] == newest[:, None]).all(axis=2)
+        found, places = np.nonzero(same & (np.arange(windows.shape[1]) <= ends[:, None] - size))
+        logits[rows[found], windows[found, places, size - 1]] = -np.inf
+
+
 def log_probabilities(logits: Floats, tokens: Ints) -> Floats:
     """Log-probability of one token per row of ``logits`` [rows, vocabulary]."""
     top = logits.max(axis=1, keepdims=True)

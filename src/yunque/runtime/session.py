@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from yunque import artifacts
 from yunque.errors import InputError
+from yunque.runtime.memory import anonymous_ranges, use_large_pages
 from yunque.runtime.spec import ModelSpec
 
 Verify = Literal["sha256", "size", "none"]
@@ -53,12 +54,13 @@ def open_sessions(folder: Path, spec: ModelSpec, threads: int | None) -> dict[st
     options.enable_mem_pattern = False
     # Weights beside the arena, which would double in size for them.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-    sessions = {}
+    sessions, former = {}, anonymous_ranges()
     for name, file in spec.graphs.items():
         try:
             sessions[name] = ort.InferenceSession(folder / file, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise _unloadable(folder / file, error) from error
+    use_large_pages(former)
     return sessions
 
 

@@ -1,0 +1,43 @@
+"""Large pages change where memory lies, not what is in it."""
+
+import mmap
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from yunque.runtime import memory
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="large pages are used on Linux only")
+SIZE = 16 << 20
+
+
+def huge_kilobytes(address):
+    """Of the mapping that holds ``address``."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        head = line.split(maxsplit=1)[0]
+        if "-" in head and not head.endswith(":"):
+            begin, end = (int(number, 16) for number in head.split("-"))
+            inside = begin <= address < end
+        elif inside and head == "AnonHugePages:":
+            return int(line.split()[1])
+    return 0
+
+
+def test_memory_of_the_weights_lies_on_large_pages_unchanged():
+    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="utf-8"):
+        pytest.skip("large pages are off")
+    former = memory.anonymous_ranges()
+    block = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block.madvise(mmap.MADV_NOHUGEPAGE)  # small ones so far, and a range of its own
+    values = np.frombuffer(block, np.uint32)
+    values[:] = np.arange(len(values))
+    address = values.ctypes.data
+    assert huge_kilobytes(address) == 0
+    memory.use_large_pages(memory.anonymous_ranges())
+    assert huge_kilobytes(address) == 0  # it was there before
+    memory.use_large_pages(former)
+    assert huge_kilobytes(address) >= SIZE // 2 // 1024
+    assert (values == np.arange(len(values))).all()

@@ -84,7 +84,7 @@ def test_other_folders_are_refused(copied, tmp_path):
     spec = copied / "runtime.json"
     content = json.loads(spec.read_text())
     spec.write_text(json.dumps(content | {"format": 99}))
-    with pytest.raises(InputError, match="not of format 1"):
+    with pytest.raises(InputError, match="not of format 2"):
         load(copied)
     spec.unlink()
     with pytest.raises(InputError, match=r"holds no runtime\.json"):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from yunque.errors import InputError
 
 SPEC = "runtime.json"
-FORMAT = 1
+FORMAT = 2  # 1 had the keys of cross-attention transposed
 
 Kind = Literal["seq2seq", "causal", "classifier"]
 

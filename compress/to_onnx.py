@@ -2,6 +2,7 @@
 
     python compress/to_onnx.py --model_name_or_path outputs/ppo_detox --output_dir outputs/onnx
     python compress/to_onnx.py --model_name_or_path google/flan-t5-base --output_dir out --parity_dataset rows.jsonl
+    python compress/to_onnx.py --model_name_or_path outputs/ppo_detox --output_dir out --optimum_layout
 
 Encoder-decoder models (T5, BART), decoder-only models (GPT-2, Llama, Mistral, Qwen2, Qwen3) and sequence classifiers
 (BERT, RoBERTa, DistilBERT); LoRA adapters are merged first. The export fails, and leaves nothing behind, when a logit

@@ -131,7 +131,10 @@ def is_onnx(folder: str) -> bool:
     if (path / "runtime.json").is_file():
         return True
     if any(path.glob("*.onnx")) and not any(path.glob("*.safetensors")):
-        raise InputError(f"model_name_or_path: {folder} holds graphs of another tool; export with compress/to_onnx.py")
+        raise InputError(
+            f"model_name_or_path: {folder} holds graphs of another tool; export with compress/to_onnx.py, without"
+            " --optimum_layout"
+        )
     return False
 
 

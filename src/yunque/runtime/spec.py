@@ -48,7 +48,9 @@ def read_spec(folder: Path) -> ModelSpec:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{folder}: holds no {SPEC}: not an ONNX folder of compress/to_onnx.py") from error
+        raise InputError(
+            f"{folder}: holds no {SPEC}: not an ONNX folder of compress/to_onnx.py, or one with --optimum_layout"
+        ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     known = {field.name for field in fields(ModelSpec)}

@@ -17,7 +17,9 @@ FOLDERS = ("bench", "compress", "launch", "recipes", "serve", "slurm", "tests")
 _LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
 _CODE = re.compile(r"(`+)(.+?)\1", re.DOTALL)
 _ASSIGNMENT = re.compile(r"[A-Z_][A-Z0-9_]*=.*")
-_PATH = re.compile(rf"(?<![\w./-])(?:docs|src|{'|'.join(FOLDERS)})/[\w./-]*\.(?:py|yaml|md|sh|json|sbatch|env)\b")
+_PATH = re.compile(
+    rf"(?<![\w./-])(?:docs|src|{'|'.join(FOLDERS)})/[\w./-]*(?:\.(?:py|yaml|md|sh|json|sbatch)|/site\.env)\b"
+)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ from documents import ROOT
 from yunque import arguments
 from yunque.cli import app
 from yunque.errors import InputError
+from yunque.serving import settings
 
+_ADDS_OPTIONS = ("add_argument", "option")
 PLACEHOLDER = re.compile(r"\.\.\.|…|.*\.\.\..*")
 
 
@@ -146,11 +148,22 @@ def _yunque(rest: list[str]) -> None:
     options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
     if names[:1] == ["rehearse"]:
         _rehearse(rest, command)
+    elif names == ["serve"]:
+        with _as_unknown("yunque serve"):
+            settings.parser("yunque serve").parse_args(rest)
     elif command.context_settings.get("ignore_unknown_options"):
         words = _concrete(rest)
         _run(lambda: app([*names, *words], standalone_mode=False), names, elided=words != rest)
     else:
         _all_known([word.partition("=")[0] for word in rest if word.startswith("--")], options, " ".join(names))
+
+
+@contextlib.contextmanager
+def _as_unknown(program: str):
+    try:
+        yield
+    except InputError as error:
+        raise Unknown(f"{program}: {error}") from error
 
 
 def _rehearse(rest: list[str], command) -> None:
@@ -188,7 +201,7 @@ def _script(path: str, words: list[str]) -> None:
     _exist([path])
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     added = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    added = [node for node in added if isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"]
+    added = [node for node in added if getattr(node.func, "attr", getattr(node.func, "id", "")) in _ADDS_OPTIONS]
     flags = {argument.value for node in added for argument in node.args if isinstance(argument, ast.Constant)}
     given = [word.partition("=")[0] for word in words if word.startswith("--")]
     if flags:
@@ -230,7 +243,7 @@ def _run(program, argv: list[str], *, elided: bool) -> None:
 
 @functools.cache
 def known_keys() -> frozenset[str]:
-    """Options of all recipes and compress scripts, which YAML files may set."""
+    """Options of all recipes, compress scripts and the server, which YAML files may set."""
     found: set[str] = set()
 
     def note(*groups, **options):
@@ -239,12 +252,16 @@ def known_keys() -> frozenset[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arguments, "parse", note)
-        for script in [*(ROOT / "recipes").glob("*.py"), *(ROOT / "compress").glob("*.py")]:
+        scripts = [*(ROOT / "recipes").glob("*.py"), *(ROOT / "compress").glob("*.py")]
+        for script in scripts:
+            if script.name == "pipeline.py":  # its file holds steps, whose options are those of the others
+                found.update(("steps", "variables"))
+                continue
             with contextlib.suppress(Parsed):
                 runpy.run_path(str(script), run_name="__main__")
         with contextlib.suppress(Parsed):
             app(["evaluate", "FOLDER"], standalone_mode=False)
-    return frozenset(found)
+    return frozenset(found | settings.ServerSettings.model_fields.keys())
 
 
 def check_yaml(text: str) -> None:

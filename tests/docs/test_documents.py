@@ -20,6 +20,11 @@ RUN_BY = {
     "make test-slow": "Makefile",
     "make test-slurm": ".ci/run",
     "pytest": ".ci/run",
+    "serve/examples/pal.py": "tests/serving/test_examples.py",
+    "serve/examples/react.py": "tests/serving/test_examples.py",
+    "serve/loadtest.py": "tests/serving/test_load.py",
+    "serve/server.py": "tests/serving/test_server.py",
+    "slurm/pipeline.sh": "tests/slurm/test_pipeline.py",
     "slurm/submit.sh": "tests/slurm/test_scripts.py",
     "tests/slurm_cluster.py": "tests/slurm/test_cluster.py",
     "yunque data": "tests/data/test_statistics.py",
@@ -36,7 +41,10 @@ BY_HAND = {
     "bench/interval_coverage.py": "minutes",
     "bench/ppo_step.py": "minutes, and a second library",
     "bench/qlora_memory.py": "minutes",
+    "bench/sensitivity.py": "minutes",
+    "bench/serve_batching.py": "minutes",
     "bench/serve_generation.py": "minutes, and other libraries",
+    "bench/serve_load.py": "minutes",
 }
 """Benchmarks: documents give their numbers with the date."""
 

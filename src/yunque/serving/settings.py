@@ -101,7 +101,7 @@ def parse_settings(argv: Sequence[str], prog: str) -> ServerSettings:
     Raises:
         InputError: an unknown option or key, a value that does not go, a file that cannot be read.
     """
-    given = vars(_parser(prog).parse_args(list(argv)))
+    given = vars(parser(prog).parse_args(list(argv)))
     config, places = given.pop("config", None), given.pop("places", [])
     place = given.pop("model_name_or_path", None)
     values = _read_config(Path(config)) if config else {}
@@ -159,14 +159,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The command line: an option for every setting."""
+    made = _Parser(
         prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS,
         description="Serve ONNX models over HTTP: OpenAI-compatible and plain routes, continuous batching.",
     )  # fmt: skip
-    parser.add_argument("places", nargs="*", metavar="FOLDER | NAME=FOLDER", help="Models to serve")
-    parser.add_argument("--model_name_or_path", metavar="FOLDER", help="A model to serve, as the first FOLDER")
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options; the command line wins")
+    made.add_argument("places", nargs="*", metavar="FOLDER | NAME=FOLDER", help="Models to serve")
+    made.add_argument("--model_name_or_path", metavar="FOLDER", help="A model to serve, as the first FOLDER")
+    made.add_argument("--config", metavar="FILE", help="YAML file with any of these options; the command line wins")
     for name, field in ServerSettings.model_fields.items():
         if name == "models":
             continue
@@ -180,5 +181,5 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             options["choices"] = choices
         else:
             options["metavar"] = "VALUE"
-        parser.add_argument(f"--{name}", **options)
-    return parser
+        made.add_argument(f"--{name}", **options)
+    return made

@@ -83,10 +83,13 @@ def quantize_dequantize(weight: Array, scheme: LayerScheme, importance: Array | 
 
 
 def quantized_inputs(inputs: Array, scheme: LayerScheme) -> Floats:
-    """``inputs`` [rows, in] as the kernel of ``scheme`` sees them when these rows are all of a call."""
-    if scheme.kind in ("int8_dynamic", "int8_static"):
-        given = scheme.input_range if scheme.kind == "int8_static" else None
-        scale, zero = input_scale(*(given or (float(inputs.min()), float(inputs.max()))))
+    """``inputs`` [rows, in] as the kernel of ``scheme`` sees them; int8_static without a range takes theirs."""
+    if scheme.kind == "int8_dynamic":
+        largest = np.maximum(np.abs(inputs).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        return np.asarray(np.rint(inputs / largest / np.float32(1 / 127)) * np.float32(1 / 127) * largest, np.float32)
+    if scheme.kind == "int8_static":
+        low, high = scheme.input_range or (float(inputs.min()), float(inputs.max()))
+        scale, zero = input_scale(low, high)
         return (np.clip(np.rint(inputs / scale) + zero, 0, 255) - zero).astype(np.float32) * scale
     if scheme.kind in ("int8_weights", "int4") and scheme.int8_inputs:
         size = int(scheme.block_size or 0)
@@ -98,7 +101,7 @@ def quantized_inputs(inputs: Array, scheme: LayerScheme) -> Floats:
 
 
 def input_scale(low: float, high: float) -> tuple[np.float32, np.uint8]:
-    """Scale and zero point of uint8 inputs in [``low``, ``high``], 0 among them: ONNX's DynamicQuantizeLinear."""
+    """Scale and zero point of uint8 inputs in [``low``, ``high``], 0 among them, as ONNX's DynamicQuantizeLinear."""
     low, high = min(low, 0.0), max(high, 0.0)
     scale = np.float32((high - low) / 255) or np.float32(1)
     return scale, np.uint8(np.clip(np.rint(-np.float32(low) / scale), 0, 255))

@@ -160,9 +160,24 @@ def _int8_linear(graph: Graph, value: str, name: str, packed: Packed, scheme: La
     values = graph.weight(f"{name}.weight_int8", packed.values)
     scales = graph.weight(f"{name}.weight_scale", packed.scales)
     if scheme.kind == "int8_dynamic":
-        return graph.contrib("DynamicQuantizeMatMul", value, values, scales, "", *([bias] if bias else []))
+        quantized, scale, zero, largest = _row_inputs(graph, value)
+        product = graph.contrib("MatMulIntegerToFloat", quantized, values, scale, scales, zero)
+        product = graph.op("Mul", product, largest)
+        return graph.op("Add", product, bias) if bias else product
     quantized, scale, zero = _static_inputs(graph, value, scheme)
     return graph.contrib("MatMulIntegerToFloat", quantized, values, scale, scales, zero, *(["", bias] if bias else []))
+
+
+def _row_inputs(graph: Graph, value: str) -> tuple[str, str, str, str]:
+    """Each row over its largest magnitude, as uint8; their scale and zero point; and those magnitudes.
+
+    The kernels that quantize inputs themselves take one scale for all rows: an answer would depend on which others it
+    shares a batch with, and on their padding. By row it does not, to the last bit, and the error is smaller.
+    """
+    largest = graph.op("ReduceMax", graph.op("Abs", value), graph.constant([-1], "int64"), keepdims=1)
+    largest = graph.op("Max", largest, graph.constant(np.finfo(np.float32).tiny, "float32"))
+    scale, zero = graph.constant(1 / 127, "float32"), graph.constant(128, "uint8")
+    return graph.op("QuantizeLinear", graph.op("Div", value, largest), scale, zero), scale, zero, largest
 
 
 def _static_inputs(graph: Graph, value: str, scheme: LayerScheme) -> tuple[str, str, str]:
@@ -215,8 +230,9 @@ def head(graph: Graph, value: str, name: str, weight: Array, key: str, scale: fl
     if scheme.kind not in ("int8_dynamic", "int8_static"):
         value = value if scale == 1 else graph.op("Mul", value, graph.constant(scale, "float32"))
         return _blockwise(graph, value, layer_name, key, packed, scheme, (weight.shape[1], weight.shape[0]), bias_name)
+    largest = ""
     if scheme.kind == "int8_dynamic":
-        quantized, number, zero = graph.ops("DynamicQuantizeLinear", value, num_outputs=3)
+        quantized, number, zero, largest = _row_inputs(graph, value)
     else:
         value = value if scale == 1 else graph.op("Mul", value, graph.constant(scale, "float32"))
         quantized, number, zero = _static_inputs(graph, value, scheme)
@@ -225,6 +241,7 @@ def head(graph: Graph, value: str, name: str, weight: Array, key: str, scale: fl
     scales = graph.weight(f"{layer_name}.weight_scale", packed.scales, f"{key}.weight_scale")
     zeros = graph.weight(f"{layer_name}.weight_zero", np.zeros(len(packed.scales), np.int8))
     logits = graph.contrib("QGemm", quantized, number, zero, values, scales, zeros, transB=1, alpha=scale)
+    logits = graph.op("Mul", logits, largest) if largest else logits
     return graph.op("Add", logits, bias_name) if bias_name else logits
 
 

@@ -30,6 +30,13 @@ class Step:
     tokens: Ints
     reasons: NDArray[np.int8]  # codes into REASONS; all but RUNNING have left the batch
     logprobs: NDArray[np.float32] | None  # when any request asked for them
+    top: tuple[Ints, NDArray[np.float32]] | None = None  # most probable tokens and their log-probabilities [rows, most]
+
+    def only(self, kept: NDArray[np.bool_]) -> Step:
+        """The entries of some requests."""
+        logprobs = None if self.logprobs is None else self.logprobs[kept]
+        top = None if self.top is None else (self.top[0][kept], self.top[1][kept])
+        return Step(self.requests[kept], self.tokens[kept], self.reasons[kept], logprobs, top)
 
 
 @dataclass
@@ -58,6 +65,7 @@ class _Plan:
     top_p: NDArray[np.float32]
     seeds: NDArray[np.uint64]
     logprobs: bool
+    top_logprobs: int
     stops: list[int]  # rows with stop strings
 
     @classmethod
@@ -82,6 +90,7 @@ class _Plan:
             top_p=column("top_p", np.float32),
             seeds=column("seed", np.uint64),
             logprobs=any(option.logprobs for option in options),
+            top_logprobs=max((option.top_logprobs for option in options), default=0),
             stops=[number for number, option in enumerate(options) if option.stop],
         )
 
@@ -143,7 +152,12 @@ class Batch:
         room = [new_tokens(self._spec, prompt, option) for prompt, option in zip(prompts, options, strict=True)]
         if not requests:
             return
-        contexts = self._begin(self._decoder, prompts, room)
+        before = self._decoder.count
+        try:
+            contexts = self._begin(self._decoder, prompts, room)
+        except BaseException:
+            self._decoder.truncate(before)  # those that run go on
+            raise
         first, last = len(self._rows), len(self._rows) + len(requests)
         width = max(len(context) + limit for context, limit in zip(contexts, room, strict=True))
         self._widen(last, width)
@@ -169,6 +183,17 @@ class Batch:
         for row in self._rows:
             row.cancelled |= row.request in gone
 
+    def remove(self, requests: Iterable[int]) -> None:
+        """Let requests leave at once; not between ``add`` and ``step``."""
+        assert not self._fresh, "those that have just joined lie last, and would move"
+        gone = set(requests)
+        self._drop([number for number, row in enumerate(self._rows) if row.request in gone])
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of the decoder."""
+        return self._decoder
+
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def step(self) -> Step:
@@ -183,7 +208,9 @@ class Batch:
         # The cache lacks the newest token of every row: its length is the number of tokens before that.
         places = self._decoder.lengths[:count].astype(np.int64)
         logits, made = self._decoder.logits[:count], places - plan.begins
-        tokens, logprobs = self._choose(plan, logits, places, made)
+        tokens = self._choose(plan, logits, places, made)
+        logprobs = sampling.log_probabilities(logits, tokens) if plan.logprobs else None
+        top = sampling.top_log_probabilities(logits, plan.top_logprobs) if plan.top_logprobs else None
         self._context[numbers, places] = tokens
         reasons = np.zeros(count, np.int8)
         reasons[made + 1 >= plan.limits] = LENGTH
@@ -192,11 +219,9 @@ class Batch:
             if reasons[row] != EOS and self._hits_stop(row, int(places[row]) + 1):
                 reasons[row] = STOP
         cancelled = np.array([row.cancelled for row in self._rows])
-        step = Step(plan.requests, tokens, reasons, logprobs)
+        step = Step(plan.requests, tokens, reasons, logprobs, top)
         if cancelled.any():
-            kept = ~cancelled
-            chosen = None if logprobs is None else logprobs[kept]
-            step = Step(plan.requests[kept], tokens[kept], reasons[kept], chosen)
+            step = step.only(~cancelled)
         self._drop(np.flatnonzero((reasons != RUNNING) | cancelled).tolist())
         return step
 
@@ -206,10 +231,8 @@ class Batch:
     def _eos(self, options: GenerationOptions) -> tuple[int, ...]:
         return self._spec.eos_token_ids if options.eos_token_ids is None else options.eos_token_ids
 
-    def _choose(
-        self, plan: _Plan, logits: NDArray[np.float32], places: Ints, made: Ints
-    ) -> tuple[Ints, NDArray[np.float32] | None]:
-        """The next tokens [rows] from ``logits`` [rows, vocabulary], and their log-probabilities if asked for."""
+    def _choose(self, plan: _Plan, logits: NDArray[np.float32], places: Ints, made: Ints) -> Ints:
+        """The next tokens [rows] from ``logits`` [rows, vocabulary], which stay as they are."""
         raw = logits
         if (plan.penalty != 1).any() or plan.ngram.any():
             logits = logits.copy()
@@ -230,7 +253,7 @@ class Batch:
         else:
             tokens = logits.argmax(axis=1)
         self._force(plan, tokens, made)
-        return tokens, sampling.log_probabilities(raw, tokens) if plan.logprobs else None
+        return np.asarray(tokens, np.int64)
 
     def _force(self, plan: _Plan, tokens: Ints, made: Ints) -> None:
         """Put in the tokens that the model always begins or ends with."""

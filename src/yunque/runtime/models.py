@@ -16,7 +16,7 @@ from yunque.errors import InputError
 from yunque.runtime.batch import REASONS, Batch, Step, new_tokens
 from yunque.runtime.beams import beam_search
 from yunque.runtime.options import GenerationOptions
-from yunque.runtime.rows import Rows
+from yunque.runtime.rows import Rows, whole
 from yunque.runtime.session import Bound, Verify, check_files, open_sessions
 from yunque.runtime.spec import ModelSpec, read_spec
 from yunque.runtime.tokenizer import Tokenizer
@@ -39,9 +39,11 @@ class Answer:
 
 
 def load(
-    folder: str | Path, *, threads: int | None = None, verify: Verify = "sha256"
+    folder: str | Path, *, threads: int | None = None, verify: Verify = "sha256", spin: bool = True
 ) -> Seq2SeqModel | CausalModel | Classifier:
     """Open a folder of ``compress/to_onnx.py``; ``threads`` computes with all cores when None.
+
+    ``spin`` False for models that share the cores with others.
 
     Raises:
         InputError: no such folder, a file that is missing or altered, graphs that need a newer ONNX Runtime.
@@ -53,16 +55,18 @@ def load(
     kinds: dict[str, type[Seq2SeqModel | CausalModel | Classifier]] = {
         "seq2seq": Seq2SeqModel, "causal": CausalModel, "classifier": Classifier,
     }  # fmt: skip
-    return kinds[spec.kind](folder, spec, _open(folder, spec, threads, verify))
+    return kinds[spec.kind](folder, spec, _open(folder, spec, threads, verify, spin))
 
 
-def _open(folder: Path, spec: ModelSpec, threads: int | None, verify: Verify) -> dict[str, ort.InferenceSession]:
+def _open(
+    folder: Path, spec: ModelSpec, threads: int | None, verify: Verify, spin: bool
+) -> dict[str, ort.InferenceSession]:
     """The sessions; content is compared with the manifest meanwhile, by another core."""
     check_files(folder, "none" if verify == "none" else "size")  # what is cut short must not be mapped
     with ThreadPoolExecutor(1) as worker:
         checked = worker.submit(check_files, folder, verify)
         try:
-            sessions = open_sessions(folder, spec, threads)
+            sessions = open_sessions(folder, spec, threads, spin=spin)
         except InputError:
             checked.result()  # says more of an altered file
             raise
@@ -223,7 +227,7 @@ class CausalModel(_Generator):
         needed = max(len(prompt) + more for prompt, more in zip(prompts, room, strict=True))
         first = rows.append(len(prompts), needed).start
         for group in _groups(prompts):
-            tokens, lengths = _padded([prompts[number] for number in group])
+            tokens, lengths = _padded([prompts[number] for number in group], self.spec.max_positions)
             rows.forward(first + group.start, tokens, lengths)
         return [list(prompt) for prompt in prompts]
 
@@ -253,7 +257,7 @@ class Seq2SeqModel(_Generator):
 
     def encoded(self, prompts: Sequence[Sequence[int]]) -> dict[str, NDArray[np.float32]]:
         """The encoder's keys and values for every decoder layer, by the names of the decoder's inputs."""
-        tokens, lengths = _padded(prompts)
+        tokens, lengths = _padded(prompts, self.spec.max_positions)
         mask = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int64)
         session = self._sessions["encoder"]
         sizes = {"rows": len(prompts), "source": tokens.shape[1]}
@@ -298,7 +302,8 @@ class Classifier(_Model):
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # little padding
         for begin in range(0, len(order), batch_size):
             numbers = order[begin : begin + batch_size]
-            padded, lengths = _padded([[int(token) for token in ids[number]] for number in numbers])
+            rows = [[int(token) for token in ids[number]] for number in numbers]
+            padded, lengths = _padded(rows, self.spec.max_positions)
             mask = (np.arange(padded.shape[1]) < lengths[:, None]).astype(np.int64)
             logits[numbers] = session.run(["logits"], {"input_ids": padded, "attention_mask": mask})[0]
         return logits
@@ -327,10 +332,15 @@ def _groups(prompts: Sequence[Sequence[int]]) -> Iterator[range]:
     yield range(begin, len(prompts))
 
 
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Token ids [rows, longest], filled up with 0 on the right, and their lengths."""
+def _padded(prompts: Sequence[Sequence[int]], max_positions: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Token ids [rows, longest, to whole vectors], filled up with 0 on the right, and their lengths.
+
+    Not beyond ``max_positions``: where that is no whole number of vectors, the last few positions are the one place
+    where last bits may depend on the other rows.
+    """
     lengths = np.array([len(prompt) for prompt in prompts], np.int64)
-    tokens = np.zeros((len(prompts), int(lengths.max())), np.int64)
+    width = min(whole(int(lengths.max())), max_positions or 1 << 30)
+    tokens = np.zeros((len(prompts), width), np.int64)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     return tokens, lengths

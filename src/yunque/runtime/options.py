@@ -32,6 +32,7 @@ class GenerationOptions:
     length_penalty: float = 1.0  # of beams: score = log-probability / length ** length_penalty
     early_stopping: bool | Literal["never"] = False
     logprobs: bool = False
+    top_logprobs: int = 0  # with logprobs: so many of the most probable tokens at every place
 
     def __post_init__(self) -> None:
         """Check every value by itself and the few that exclude each other."""
@@ -45,6 +46,7 @@ class GenerationOptions:
             ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (none) or more"),
             ("seed", 0 <= self.seed < 1 << 64, "a whole number from 0"),
             ("num_beams", self.num_beams >= 1, "1 or more"),
+            ("top_logprobs", 0 <= self.top_logprobs <= (20 if self.logprobs else 0), "0 to 20, together with logprobs"),
             ("stop", all(self.stop), "texts that are not empty"),
             ("early_stopping", self.early_stopping in (True, False, "never"), "true, false or never"),
         ]

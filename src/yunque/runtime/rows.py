@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,15 @@ from yunque.runtime.session import Bound, geometry
 
 _ROOM_STEP = 64
 """Caches grow by at least so many positions."""
+LANES = 16
+"""Widths are multiples of this where texts of several lengths meet. Kernels add up a row in vectors of so many numbers,
+and the rest one by one: with whole vectors a row gives the same numbers, to the last bit, whatever its padding."""
 _MASKED = float(np.finfo(np.float32).min) / 2  # two of them still add up to a number
+
+
+def whole(width: int) -> int:
+    """``width`` rounded up to whole vectors."""
+    return -(-width // LANES) * LANES
 
 
 class Rows:
@@ -37,6 +46,7 @@ class Rows:
         self._room = self._source = 0
         self._step: Bound | None = None
         self._step_inputs: dict[str, NDArray[Any]] = {}
+        self.most: int | None = None  # rows that will ever be wanted: capacity grows no further
 
     # --- rows join, move and leave ------------------------------------------------------------------------------------
 
@@ -48,15 +58,26 @@ class Rows:
         self.count, self._step = total, None
         return range(first, total)
 
-    def _reserve(self, count: int, room: int, source: int) -> None:
-        capacity = len(self.lengths)
-        if count <= capacity and room <= self._room and source <= self._source:
-            return
+    def sizes_after(self, count: int, room: int, source: int) -> tuple[int, int, int]:
+        """Capacity, positions and encoder positions of the buffers once they hold rows of these sizes."""
+        capacity, room, source = len(self.lengths), whole(room), whole(source)
         if count > capacity:
-            capacity = max(count, 2 * capacity)
+            capacity = max(count, min(2 * capacity, self.most or 2 * capacity))
         if room > self._room:
-            self._room = room if self._room == 0 else max(room, self._room + _ROOM_STEP)
-        self._source = max(self._source, source)
+            room = room if self._room == 0 else max(room, self._room + _ROOM_STEP)
+        return capacity, max(room, self._room), max(source, self._source)
+
+    def _reserve(self, count: int, room: int, source: int) -> None:
+        sizes = self.sizes_after(count, room, source)
+        if sizes != self.capacity:
+            self._resize(*sizes)
+
+    def fit(self, room: int, source: int) -> None:
+        """Shrink the buffers to rows that need no more than ``room`` and ``source`` positions."""
+        self._resize(self.count, whole(room), whole(source))
+
+    def _resize(self, capacity: int, room: int, source: int) -> None:
+        self._room, self._source = room, source
         used = self.count
         for name in self._past_names:
             self._past[name] = self._grown(self._past.get(name), name, used, capacity)
@@ -75,7 +96,7 @@ class Rows:
         # Zeros, since a masked position still enters a sum, with weight 0. Masks of padding must be low instead.
         array = np.full(shape, _MASKED, np.float32) if name == "cross_bias" else np.zeros(shape, np.float32)
         if former is not None:
-            kept = (slice(used), *(slice(size) for size in former.shape[1:]))
+            kept = (slice(used), *(slice(min(sizes)) for sizes in zip(former.shape[1:], shape[1:], strict=True)))
             array[kept] = former[kept]
         return array
 
@@ -91,6 +112,28 @@ class Rows:
             self._cross[name][row : row + count, :, width:] = 0
         known = np.arange(self._source) < lengths[:, None]
         self._cross["cross_bias"][row : row + count, 0, 0] = np.where(known, np.float32(0), np.float32(_MASKED))
+
+    def bytes_for(self, count: int, room: int, source: int) -> int:
+        """Bytes of the buffers of ``count`` rows with ``room`` positions and ``source`` encoder positions."""
+        sizes = {"rows": count, "room": whole(room), "source": whole(source)}
+        names = (*self._past_names, *self._cross_names)
+        numbers = sum(math.prod(sizes.get(size, size) for size in self._shapes[name]) for name in names)
+        return 4 * (numbers + count * self.logits.shape[1])
+
+    def touch(self) -> None:
+        """Write to the buffers of the past, so that the system really gives their memory."""
+        for array in self._past.values():
+            array[self.count :] = 0
+            array[:, :, int(self.lengths[: self.count].max(initial=0)) :] = 0
+
+    @property
+    def capacity(self) -> tuple[int, int, int]:
+        """Rows, positions and encoder positions that the buffers have now."""
+        return len(self.lengths), self._room, self._source
+
+    def truncate(self, count: int) -> None:
+        """Drop the rows from ``count`` on."""
+        self.count, self._step = count, None
 
     def remove(self, rows: Sequence[int]) -> list[tuple[int, int]]:
         """Drop ``rows``; the last rows take their numbers, as the returned (from, to) pairs say."""

@@ -66,6 +66,17 @@ def log_probabilities(logits: Floats, tokens: Ints) -> Floats:
     return np.asarray(chosen - total, dtype=np.float32)
 
 
+def top_log_probabilities(logits: Floats, count: int) -> tuple[Ints, Floats]:
+    """The ``count`` most probable tokens of every row of ``logits`` [rows, vocabulary], best first, and their logs."""
+    count = min(count, logits.shape[1])
+    some = np.argpartition(logits, -count, axis=1)[:, -count:]
+    falling = np.argsort(-np.take_along_axis(logits, some, axis=1), axis=1, kind="stable")
+    tokens = np.take_along_axis(some, falling, axis=1)
+    top = logits.max(axis=1, keepdims=True)
+    total = np.log(np.exp(logits - top).sum(axis=1, dtype=np.float64))[:, None] + top
+    return tokens, np.asarray(np.take_along_axis(logits, tokens, axis=1) - total, dtype=np.float32)
+
+
 def sample(logits: Floats, temperature: Floats, top_k: Ints, top_p: Floats, uniforms: NDArray[np.float64]) -> Ints:
     """Draw one token per row of ``logits`` [rows, vocabulary] by inverting its distribution at ``uniforms``.
 
@@ -73,8 +84,14 @@ def sample(logits: Floats, temperature: Floats, top_k: Ints, top_p: Floats, unif
     kept that hold ``top_p`` of the probability (Holtzman et al., 2019, arXiv:1904.09751).
     """
     scaled = logits / temperature[:, None]
-    if (top_k == 0).all() and (top_p >= 1).all():
+    whole_rows = (top_k == 0) & (top_p >= 1)
+    if whole_rows.all():
         return _invert(_exponentials(scaled), uniforms)
+    if whole_rows.any():  # they are inverted in another order, so that a row's token must not depend on the others
+        tokens = np.empty(len(logits), np.int64)
+        for some in (np.flatnonzero(whole_rows), np.flatnonzero(~whole_rows)):
+            tokens[some] = sample(logits[some], temperature[some], top_k[some], top_p[some], uniforms[some])
+        return tokens
     size = scaled.shape[1]
     limits = np.where(top_k == 0, size, np.minimum(top_k, size))
     width = int(limits.max()) if (top_k > 0).all() else min(_HEAD, size)

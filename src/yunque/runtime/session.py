@@ -40,8 +40,12 @@ def check_files(folder: Path, verify: Verify) -> None:
         raise InputError(f"{folder}: {'; '.join(problems)}; copy the folder again or export it again")
 
 
-def open_sessions(folder: Path, spec: ModelSpec, threads: int | None) -> dict[str, ort.InferenceSession]:
+def open_sessions(
+    folder: Path, spec: ModelSpec, threads: int | None, *, spin: bool = True
+) -> dict[str, ort.InferenceSession]:
     """One session per graph of the folder; ``threads`` per session, all cores when None.
+
+    ``spin`` lets threads wait busily for the next piece of work: faster, unless others want the cores.
 
     Raises:
         InputError: the graphs need a newer ONNX Runtime, or are damaged.
@@ -54,6 +58,7 @@ def open_sessions(folder: Path, spec: ModelSpec, threads: int | None) -> dict[st
     options.enable_mem_pattern = False
     # Weights beside the arena, which would double in size for them.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     sessions, former = {}, anonymous_ranges()
     for name, file in spec.graphs.items():
         try:

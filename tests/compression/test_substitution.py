@@ -27,7 +27,7 @@ def test_fused_weights_are_rounded_as_one_and_given_back():
     model = tiny.t5()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     whole = logits(model)
-    target = Target("qkv", tuple(f"{name}.weight" for name in QKV), QKV, True)
+    target = Target("qkv", tuple(f"{name}.weight" for name in QKV), QKV)
     scheme = LayerScheme("int4", 16)
     together = np.concatenate([before[f"{name}.weight"].numpy() for name in QKV], axis=0).T
     wanted = quantize_dequantize(together, scheme).T
@@ -50,7 +50,7 @@ def test_conv1d_weights_lie_the_other_way():
     name = "transformer.h.0.attn.c_proj"  # square: only its class says which way it lies
     before = model.get_parameter(f"{name}.weight").detach().clone().numpy()
     scheme = LayerScheme("int8_dynamic")
-    with quantized(model, {Target("o", (f"{name}.weight",), (name,), True): scheme}, rounding):
+    with quantized(model, {Target("o", (f"{name}.weight",), (name,)): scheme}, rounding):
         found = model.get_parameter(f"{name}.weight").detach().numpy()
         np.testing.assert_array_equal(found, quantize_dequantize(before, scheme))
         assert not np.array_equal(found, quantize_dequantize(before.T, scheme).T)
@@ -59,7 +59,7 @@ def test_conv1d_weights_lie_the_other_way():
 def test_float32_changes_nothing():
     model = tiny.t5()
     whole = logits(model)
-    target = Target("qkv", tuple(f"{name}.weight" for name in QKV), QKV, True)
+    target = Target("qkv", tuple(f"{name}.weight" for name in QKV), QKV)
     with quantized(model, {target: LayerScheme()}, rounding):
         assert torch.equal(logits(model), whole)
 
@@ -72,7 +72,7 @@ def test_inputs_are_rounded_as_by_the_kernels(kind):
     wanted = quantized_inputs(x.numpy(), scheme)
     seen = []
     model = torch.nn.ModuleDict({"layer": torch.nn.Linear(40, 8)})
-    target = Target("layer", ("layer.weight",), ("layer",), False)
+    target = Target("layer", ("layer.weight",), ("layer",))
     with quantized(model, {target: scheme}, rounding):
         model["layer"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         model["layer"](x)
@@ -80,10 +80,10 @@ def test_inputs_are_rounded_as_by_the_kernels(kind):
     assert np.array_equal(wanted, x.numpy()) == (kind == "nf4")
 
 
-def test_scales_of_a_position_and_of_all():
+def test_a_row_has_a_scale_of_its_own_and_zeros_stay():
     x = torch.tensor([[[1.0, 0.5], [100.0, 7.3]], [[-1.0, 0.25], [3.0, 50.0]]])  # [rows, positions, features]
-    together, apart = uint8_inputs(x, None, by_position=False), uint8_inputs(x, None, by_position=True)
-    torch.testing.assert_close(apart[:, 0], uint8_inputs(x[:, 0], None, by_position=True))
-    assert (apart[:, 0] - x[:, 0]).abs().max() < 0.01 < (together[:, 0] - x[:, 0]).abs().max()
-    assert torch.equal(uint8_inputs(torch.zeros(2, 3), None, by_position=False), torch.zeros(2, 3))
+    rounded = int8_blocks(x, 2)
+    torch.testing.assert_close(rounded[:, :1], int8_blocks(x[:, :1], 2))
+    assert ((rounded - x).abs().amax(dim=-1) <= x.abs().amax(dim=-1) / 254 + 1e-6).all()
     assert torch.equal(int8_blocks(torch.zeros(2, 3), 16), torch.zeros(2, 3))
+    assert torch.equal(uint8_inputs(torch.zeros(2, 3), 0.0, 0.0), torch.zeros(2, 3))

@@ -20,16 +20,11 @@ Rounding = Callable[[str, np.ndarray, LayerScheme], np.ndarray]
 
 @dataclass(frozen=True)
 class Target:
-    """A layer of a graph in the torch model: the weights fused into it, and the modules that read its input.
-
-    ``by_position`` says that the layer meets one position of every row at a time when the model decodes, so that a
-    scale of its whole input is one of a position.
-    """
+    """A layer of a graph in the torch model: the weights fused into it, and the modules that read its input."""
 
     name: str
     parameters: tuple[str, ...]
     readers: tuple[str, ...]
-    by_position: bool
 
 
 @contextmanager
@@ -41,7 +36,7 @@ def quantized(model: nn.Module, layers: Mapping[Target, LayerScheme], rounding: 
                 continue
             stack.callback(_restore, [(weight, weight.clone()) for weight in _weights(model, target)])
             _round_weights(model, target, scheme, rounding)
-            hook = _input_hook(scheme, target.by_position)
+            hook = _input_hook(scheme)
             if hook is not None:
                 for name in target.readers:
                     handle = model.get_submodule(name).register_forward_pre_hook(hook)
@@ -75,14 +70,15 @@ def _round_weights(model: nn.Module, target: Target, scheme: LayerScheme, roundi
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def _input_hook(scheme: LayerScheme, by_position: bool) -> Callable[..., Any] | None:
-    if scheme.kind in ("int8_dynamic", "int8_static"):
+def _input_hook(scheme: LayerScheme) -> Callable[..., Any] | None:
+    if scheme.kind == "int8_static" and scheme.input_range is not None:
+        low, high = scheme.input_range
 
         def round_to_uint8(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (uint8_inputs(args[0], scheme.input_range, by_position=by_position), *args[1:])
+            return (uint8_inputs(args[0], low, high), *args[1:])
 
         return round_to_uint8
-    if scheme.kind in ("int4", "int8_weights") and scheme.int8_inputs:
+    if scheme.kind == "int8_dynamic" or (scheme.kind in ("int4", "int8_weights") and scheme.int8_inputs):
 
         def round_to_int8(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (int8_blocks(args[0], scheme.block_size or args[0].shape[-1]), *args[1:])
@@ -91,20 +87,11 @@ def _input_hook(scheme: LayerScheme, by_position: bool) -> Callable[..., Any] | 
     return None
 
 
-def uint8_inputs(x: Tensor, limits: tuple[float, float] | None, *, by_position: bool) -> Tensor:
-    """``x`` [rows, length, features] or [rows, features] rounded to 256 steps between its extremes, 0 among them.
-
-    As ONNX' DynamicQuantizeLinear over the whole tensor, or of each position by itself; ``limits`` fix the extremes.
-    """
-    if limits is not None:
-        low, high = (torch.tensor(limit, dtype=x.dtype, device=x.device) for limit in limits)
-    else:
-        apart = by_position and x.dim() == 3
-        dims = (0, 2) if apart else tuple(range(x.dim()))
-        low, high = x.amin(dim=dims, keepdim=apart), x.amax(dim=dims, keepdim=apart)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = ((high - low) / 255).clamp(min=torch.finfo(x.dtype).tiny)
-    zero = (-low / scale).round()
+def uint8_inputs(x: Tensor, low: float, high: float) -> Tensor:
+    """``x`` rounded to 256 steps between ``low`` and ``high``, 0 among them."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / 255 or 1.0
+    zero = round(-low / scale)
     return ((x / scale).round().add(zero).clamp(0, 255) - zero) * scale
 
 

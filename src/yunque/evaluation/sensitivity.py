@@ -101,8 +101,7 @@ def targets(source: Source, layers: Sequence[Layer]) -> dict[str, Target]:
         readers = tuple(name.rpartition(".")[0] for name in layer.parameters)
         if layer.role != "linear":
             readers = (str(head),) if layer.role == "head" else ()
-        of_encoder = source.kind == "seq2seq" and ("decoder" not in layer.name or layer.name.endswith(".kv"))
-        found[layer.name] = Target(layer.name, layer.parameters, readers, layer.role == "head" or not of_encoder)
+        found[layer.name] = Target(layer.name, layer.parameters, readers)
     return found
 
 

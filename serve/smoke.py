@@ -23,6 +23,7 @@ from typing import Any
 
 from yunque.errors import CheckFailed, InputError, run
 
+MODEL = "smoke"
 SERVER = Path(__file__).parent / "server.py"
 PROMPTS = [f"Summarize the following conversation. {name}: I will be late. {other}: We wait. Summary:"
            for name, other in (("Ana", "Tom"), ("Grace", "Victor"), ("Irene", "Frank"), ("Ben", "Eva"))]  # fmt: skip
@@ -43,7 +44,7 @@ def main() -> None:
     expected = _alone(args.model_name_or_path, prompts, args.max_tokens)
     port = _free_port()
     begin = time.monotonic()
-    command = [sys.executable, str(SERVER), "--model_name_or_path", args.model_name_or_path, "--port", str(port)]
+    command = [sys.executable, str(SERVER), f"{MODEL}={args.model_name_or_path}", "--port", str(port)]
     server = subprocess.Popen(command)
     try:
         ready_s = _wait_until_ready(server, port, begin, args.timeout)
@@ -103,7 +104,7 @@ def _wait_until_ready(server: subprocess.Popen[bytes], port: int, begin: float, 
 
 
 def _ask(port: int, prompt: str, max_tokens: int) -> str:
-    body = json.dumps({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0}).encode()
+    body = json.dumps({"model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}).encode()
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
     )

@@ -42,7 +42,6 @@ BY_HAND = {
     "bench/ppo_step.py": "minutes, and a second library",
     "bench/qlora_memory.py": "minutes",
     "bench/sensitivity.py": "minutes",
-    "bench/serve_batching.py": "minutes",
     "bench/serve_generation.py": "minutes, and other libraries",
     "bench/serve_load.py": "minutes",
 }

@@ -130,6 +130,8 @@ def serving(monkeypatch, **settings):
     thread.start()
     while not (server.started and app.state.service.registry.ready):
         time.sleep(0.005)
+    # A small buffer of the system: a client that does not read is felt after kilobytes, not megabytes.
+    server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
     try:
         yield app.state.service, server.servers[0].sockets[0].getsockname()
     finally:

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from evaluating import ENVIRONMENT, ROOT, options
+from evaluating import ROOT, options
+from warm import ON_CPU
 
 from yunque import artifacts, runtime
 from yunque.compression.mixed_arguments import KeepGateArguments, candidate_schemes
@@ -69,7 +70,7 @@ def place(tmp_path_factory):
         ]
         (root / "data" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
+        for name, value in ON_CPU.items():
             patch.setenv(name, value)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

@@ -165,3 +165,25 @@ def test_errors_are_measured_on_the_inputs_that_were_seen(tmp_path):
         errors.append(precision.written["layer"].error)
     assert errors[0] > 1e-3
     assert errors[1] < 1e-6
+
+
+def test_a_row_of_zeros_stays_zeros_and_parts_are_the_whole(tmp_path):
+    weight, bias = normal(64, 48, scale=0.1), normal(48, seed=1)
+    rows = np.concatenate([np.zeros((1, 64), np.float32), normal(2, 64)])[None]
+    matrix = Matrix(weight, ("layer.weight",))
+    for name, given in SCHEMES.items():
+        if name == "int8_static":
+            continue
+        folder = tmp_path / name
+        folder.mkdir()
+        found, _ = run(
+            folder,
+            given,
+            lambda graph, value: [
+                graph.linear(value, "layer", matrix, bias),
+                *graph.linear_parts(value, "parts", matrix, [16, 32], bias),
+            ],
+            {"value": rows},
+        )
+        np.testing.assert_array_equal(found[0][0, 0], bias)
+        np.testing.assert_allclose(np.concatenate(found[1:], axis=-1), found[0], atol=1e-6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from yunque.export.decoder import Decoder, Heads, encoder_attention
-from yunque.export.graph import Config, Graph, State, fused, fused_bias, transposed
+from yunque.export.graph import Array, Config, Graph, Matrix, State, fused, fused_bias, transposed
 
 EMBEDDING = "model.shared.weight"
 HEAD = "lm_head.weight"
@@ -21,8 +21,9 @@ def encode(graph: Graph, config: Config, state: State, tied: bool) -> str:
     for layer in range(config.encoder_layers):
         name = f"model.encoder.layers.{layer}"
         own = f"{name}.self_attn"
-        qkv = _projection(graph, state, hidden, own, "qkv")
         heads = _heads(config.d_model // config.encoder_attention_heads, state, own)
+        weights, biases = _projected(state, own, "qkv")
+        qkv = graph.linear_parts(hidden, f"{own}.qkv", weights, [heads.width] * 3, biases)
         mixed = encoder_attention(graph, qkv, heads, scale=heads.size**-0.5, padding_mask=mask)
         hidden = _add_norm(graph, state, f"{own}.out_proj", f"{own}_layer_norm", mixed, hidden)
         hidden = _feed_forward(graph, config, state, name, hidden)
@@ -72,8 +73,12 @@ def _embed(graph: Graph, config: Config, state: State, prefix: str, ids: str, po
 
 def _projection(graph: Graph, state: State, value: str, name: str, parts: str) -> str:
     """The projections ``parts``, such as q, k and v, of an attention layer side by side."""
+    return graph.linear(value, f"{name}.{parts}", *_projected(state, name, parts))
+
+
+def _projected(state: State, name: str, parts: str) -> tuple[Matrix, Array | None]:
     weights, biases = ([f"{name}.{part}_proj.{kind}" for part in parts] for kind in ("weight", "bias"))
-    return graph.linear(value, f"{name}.{parts}", fused(state, *weights), fused_bias(state, *biases))
+    return fused(state, *weights), fused_bias(state, *biases)
 
 
 def _feed_forward(graph: Graph, config: Config, state: State, name: str, hidden: str) -> str:

@@ -83,8 +83,8 @@ def _block(graph: Graph, config: Config, state: State, name: str, names: _Names,
     parts = [f"{name}.{part}" for part in (names.query, names.key, names.value)]
     number = state[f"{parts[0]}.weight"].shape[0] // size  # from the weights, since pruned layers may differ
     weight, bias = fused(state, *(f"{p}.weight" for p in parts)), fused_bias(state, *(f"{p}.bias" for p in parts))
-    qkv = graph.linear(hidden, f"{name}.qkv", weight, bias)
     heads = Heads(number, number, size)
+    qkv = graph.linear_parts(hidden, f"{name}.qkv", weight, [heads.width] * 3, bias)
     mixed = encoder_attention(graph, qkv, heads, scale=size**-0.5, padding_mask=mask)
     hidden = _add_norm(graph, state, name, names.attention_output, names.attention_norm, mixed, hidden, epsilon)
     up = f"{name}.{names.up}"

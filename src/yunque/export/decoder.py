@@ -6,7 +6,7 @@ whatever the other rows hold; the caller gives the same buffer as past and as pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,14 +167,15 @@ def graphs(parts: Parts, new_graph: NewGraph) -> dict[str, Graph]:
     return found
 
 
-def encoder_attention(graph: Graph, qkv: str, heads: Heads, *, scale: float, padding_mask: str, bias: str = "") -> str:
+def encoder_attention(
+    graph: Graph, qkv: Sequence[str], heads: Heads, *, scale: float, padding_mask: str, bias: str = ""
+) -> str:
     """Attention of every token of [rows, length] over the tokens whose ``padding_mask`` (int32) is 1.
 
-    ``qkv`` holds queries, keys and values side by side; ``bias`` is added to the scores [1, heads, length, length].
+    ``qkv`` are queries, keys and values; ``bias`` is added to the scores [1, heads, length, length].
     """
-    parts = graph.split(qkv, [heads.width] * 3, axis=-1)
     return graph.contrib(
-        "MultiHeadAttention", *parts, "", padding_mask, bias,
+        "MultiHeadAttention", *qkv, "", padding_mask, bias,
         num_heads=heads.num_query, scale=scale, mask_filter_value=MASKED,
     )  # fmt: skip
 

@@ -121,6 +121,12 @@ class Graph:
         """``value`` [..., in] times ``weight`` [in, out] plus ``bias`` [out], in the precision of the plan."""
         return quantized.linear(self, value, name, weight.array, weight.parameters, bias)
 
+    def linear_parts(
+        self, value: str, name: str, weight: Matrix, sizes: Sequence[int], bias: Array | None = None
+    ) -> list[str]:
+        """The outputs of ``linear`` in parts of these sizes, without a copy where the precision allows it."""
+        return quantized.linear_parts(self, value, name, weight.array, weight.parameters, bias, sizes)
+
     def embedding(self, ids: str, name: str, table: Array, tied_to: str = "") -> str:
         """Rows ``ids`` of ``table`` [vocabulary, features]; ``tied_to`` names the head that is the same matrix."""
         return quantized.embedding(self, ids, name, table, tied_to)

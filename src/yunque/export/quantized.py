@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -148,44 +148,88 @@ def linear(graph: Graph, value: str, name: str, weight: Array, parameters: tuple
     layer = Layer(name, parameters, (weight.shape[0], weight.shape[1]), "linear")
     scheme, packed = graph.precision.pack(layer, weight)
     if packed is None:
-        product = graph.op("MatMul", value, graph.weight(f"{name}.weight", weight))
-        return product if bias is None else graph.op("Add", product, graph.weight(f"{name}.bias", bias))
-    bias_name = "" if bias is None else graph.weight(f"{name}.bias", bias)
+        return _float32(graph, value, name, weight, bias)
     if scheme.kind in ("int8_dynamic", "int8_static"):
-        return _int8_linear(graph, value, name, packed, scheme, bias_name)
+        return _int8(graph, _int8_inputs(graph, value, scheme), name, packed, bias)
+    bias_name = "" if bias is None else graph.weight(f"{name}.bias", bias)
     return _blockwise(graph, value, name, name, packed, scheme, layer.shape, bias_name)
 
 
-def _int8_linear(graph: Graph, value: str, name: str, packed: Packed, scheme: LayerScheme, bias: str) -> str:
+def linear_parts(
+    graph: Graph,
+    value: str,
+    name: str,
+    weight: Array,
+    parameters: tuple[str, ...],
+    bias: Array | None,
+    sizes: Sequence[int],
+) -> list[str]:
+    """The outputs of ``linear`` in parts of ``sizes``: products of their own, which saves copies of long inputs.
+
+    Kernels whose weights lie in blocks compute one product, which is split.
+    """
+    layer = Layer(name, parameters, (weight.shape[0], weight.shape[1]), "linear")
+    if graph.precision.plan.scheme(name).block_size:
+        return graph.split(linear(graph, value, name, weight, parameters, bias), sizes, axis=-1)
+    scheme, packed = graph.precision.pack(layer, weight)
+    ends = np.cumsum(sizes)[:-1]
+    biases = [None] * len(sizes) if bias is None else np.split(bias, ends)
+    names = [f"{name}.{number}" for number in range(len(sizes))]
+    if packed is None:
+        parts = zip(names, np.split(weight, ends, axis=1), biases, strict=True)
+        return [_float32(graph, value, part, columns, shift) for part, columns, shift in parts]
+    inputs = _int8_inputs(graph, value, scheme)
+    cut = map(Packed, np.split(packed.values, ends, axis=1), np.split(packed.scales, ends))
+    return [_int8(graph, inputs, part, own, shift) for part, own, shift in zip(names, cut, biases, strict=True)]
+
+
+def _float32(graph: Graph, value: str, name: str, weight: Array, bias: Array | None) -> str:
+    product = graph.op("MatMul", value, graph.weight(f"{name}.weight", weight))
+    return product if bias is None else graph.op("Add", product, graph.weight(f"{name}.bias", bias))
+
+
+class _Inputs(NamedTuple):
+    """8-bit inputs, their scale and zero point, and what a product with them is multiplied by per row, if anything."""
+
+    values: str
+    scale: str
+    zero: str
+    largest: str = ""
+
+
+def _int8_inputs(graph: Graph, value: str, scheme: LayerScheme) -> _Inputs:
+    return _row_inputs(graph, value) if scheme.kind == "int8_dynamic" else _static_inputs(graph, value, scheme)
+
+
+def _int8(graph: Graph, inputs: _Inputs, name: str, packed: Packed, bias: Array | None) -> str:
     values = graph.weight(f"{name}.weight_int8", packed.values)
     scales = graph.weight(f"{name}.weight_scale", packed.scales)
-    if scheme.kind == "int8_dynamic":
-        quantized, scale, zero, largest = _row_inputs(graph, value)
-        product = graph.contrib("MatMulIntegerToFloat", quantized, values, scale, scales, zero)
-        product = graph.op("Mul", product, largest)
-        return graph.op("Add", product, bias) if bias else product
-    quantized, scale, zero = _static_inputs(graph, value, scheme)
-    return graph.contrib("MatMulIntegerToFloat", quantized, values, scale, scales, zero, *(["", bias] if bias else []))
+    shift = [] if bias is None else [graph.weight(f"{name}.bias", bias)]
+    given = (inputs.values, values, inputs.scale, scales, inputs.zero)
+    if not inputs.largest:
+        return graph.contrib("MatMulIntegerToFloat", *given, *(["", *shift] if shift else []))
+    product = graph.op("Mul", graph.contrib("MatMulIntegerToFloat", *given), inputs.largest)
+    return graph.op("Add", product, *shift) if shift else product
 
 
-def _row_inputs(graph: Graph, value: str) -> tuple[str, str, str, str]:
-    """Each row over its largest magnitude, as uint8; their scale and zero point; and those magnitudes.
+def _row_inputs(graph: Graph, value: str) -> _Inputs:
+    """Each row over its largest magnitude, as uint8.
 
     The kernels that quantize inputs themselves take one scale for all rows: an answer would depend on which others it
-    shares a batch with, and on their padding. By row it does not, to the last bit, and the error is smaller.
+    shares a batch with, and on their padding. By row it does not, to the last bit, and the error is smaller. A row of
+    zeros becomes numbers without meaning, which its largest magnitude, 0, makes zeros again.
     """
     largest = graph.op("ReduceMax", graph.op("Abs", value), graph.constant([-1], "int64"), keepdims=1)
-    largest = graph.op("Max", largest, graph.constant(np.finfo(np.float32).tiny, "float32"))
     scale, zero = graph.constant(1 / 127, "float32"), graph.constant(128, "uint8")
-    return graph.op("QuantizeLinear", graph.op("Div", value, largest), scale, zero), scale, zero, largest
+    quantized = graph.op("QuantizeLinear", graph.op("Div", value, largest), scale, zero)
+    return _Inputs(quantized, scale, zero, largest)
 
 
-def _static_inputs(graph: Graph, value: str, scheme: LayerScheme) -> tuple[str, str, str]:
-    """Quantized inputs, their scale and zero point."""
+def _static_inputs(graph: Graph, value: str, scheme: LayerScheme) -> _Inputs:
     assert scheme.input_range is not None
     number, zero_point = input_scale(*scheme.input_range)
     scale, zero = graph.constant(number, "float32"), graph.constant(zero_point, "uint8")
-    return graph.op("QuantizeLinear", value, scale, zero), scale, zero
+    return _Inputs(graph.op("QuantizeLinear", value, scale, zero), scale, zero)
 
 
 def _blockwise(
@@ -230,18 +274,14 @@ def head(graph: Graph, value: str, name: str, weight: Array, key: str, scale: fl
     if scheme.kind not in ("int8_dynamic", "int8_static"):
         value = value if scale == 1 else graph.op("Mul", value, graph.constant(scale, "float32"))
         return _blockwise(graph, value, layer_name, key, packed, scheme, (weight.shape[1], weight.shape[0]), bias_name)
-    largest = ""
-    if scheme.kind == "int8_dynamic":
-        quantized, number, zero, largest = _row_inputs(graph, value)
-    else:
-        value = value if scale == 1 else graph.op("Mul", value, graph.constant(scale, "float32"))
-        quantized, number, zero = _static_inputs(graph, value, scheme)
-        scale = 1.0
+    if scheme.kind == "int8_static" and scale != 1:  # the range was measured of scaled inputs
+        value, scale = graph.op("Mul", value, graph.constant(scale, "float32")), 1.0
+    given = _int8_inputs(graph, value, scheme)
     values = graph.weight(f"{layer_name}.weight_int8", packed.values.T, f"{key}.weight_int8")
     scales = graph.weight(f"{layer_name}.weight_scale", packed.scales, f"{key}.weight_scale")
     zeros = graph.weight(f"{layer_name}.weight_zero", np.zeros(len(packed.scales), np.int8))
-    logits = graph.contrib("QGemm", quantized, number, zero, values, scales, zeros, transB=1, alpha=scale)
-    logits = graph.op("Mul", logits, largest) if largest else logits
+    logits = graph.contrib("QGemm", given.values, given.scale, given.zero, values, scales, zeros, transB=1, alpha=scale)
+    logits = graph.op("Mul", logits, given.largest) if given.largest else logits
     return graph.op("Add", logits, bias_name) if bias_name else logits
 
 

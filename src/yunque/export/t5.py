@@ -26,7 +26,8 @@ def encode(graph: Graph, config: Config, state: State, tied: bool) -> str:
         attention = f"{name}.0.SelfAttention"
         heads = _heads(config, state, attention)
         normed, hidden = sublayers(hidden, branch, f"{name}.0.layer_norm.weight", state)
-        qkv = graph.linear(normed, f"{attention}.qkv", fused(state, *(f"{attention}.{part}.weight" for part in "qkv")))
+        weight = fused(state, *(f"{attention}.{part}.weight" for part in "qkv"))
+        qkv = graph.linear_parts(normed, f"{attention}.qkv", weight, [heads.width] * 3)
         mixed = encoder_attention(graph, qkv, heads, scale=1.0, padding_mask=mask, bias=bias)
         branch = graph.linear(mixed, f"{attention}.o", transposed(state, f"{attention}.o.weight"))
         normed, hidden = sublayers(hidden, branch, f"{name}.1.layer_norm.weight", state)
@@ -94,8 +95,8 @@ def _heads(config: Config, state: State, attention: str) -> Heads:
 def _feed_forward(graph: Graph, config: Config, state: State, name: str, value: str) -> str:
     if config.is_gated_act:
         gate, up = f"{name}.wi_0.weight", f"{name}.wi_1.weight"
-        both = graph.linear(value, f"{name}.wi", fused(state, gate, up))
-        opened, lifted = graph.split(both, [state[gate].shape[0], state[up].shape[0]], axis=-1)
+        sizes = [state[gate].shape[0], state[up].shape[0]]
+        opened, lifted = graph.linear_parts(value, f"{name}.wi", fused(state, gate, up), sizes)
         inner = graph.op("Mul", graph.activation(opened, config.dense_act_fn), lifted)
     else:
         inner = graph.linear(value, f"{name}.wi", transposed(state, f"{name}.wi.weight"))

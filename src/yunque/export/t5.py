@@ -67,7 +67,7 @@ def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:
         mixed = decoder.cross_attention(queries, layer, heads, scale=1.0, bias=cross_bias)
         branch = graph.linear(mixed, f"{cross}.o", transposed(state, f"{cross}.o.weight"))
         normed, hidden = sublayers(hidden, branch, f"{name}.2.layer_norm.weight", state)
-        branch = _feed_forward(graph, config, state, f"{name}.2.DenseReluDense", normed)
+        branch = _feed_forward(graph, config, state, f"{name}.2.DenseReluDense", normed, whole=True)
     hidden, _ = sublayers(hidden, branch, "decoder.final_layer_norm.weight", state)
     scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
     decoder.logits(hidden, HEAD, state[HEAD], key=EMBEDDING if tied else HEAD, scale=scale)
@@ -92,11 +92,15 @@ def _heads(config: Config, state: State, attention: str) -> Heads:
     return Heads(number, number, config.d_kv)
 
 
-def _feed_forward(graph: Graph, config: Config, state: State, name: str, value: str) -> str:
+def _feed_forward(graph: Graph, config: Config, state: State, name: str, value: str, *, whole: bool = False) -> str:
+    """``whole``: both inner projections as one product, as a step of few tokens wants."""
     if config.is_gated_act:
         gate, up = f"{name}.wi_0.weight", f"{name}.wi_1.weight"
         sizes = [state[gate].shape[0], state[up].shape[0]]
-        opened, lifted = graph.linear_parts(value, f"{name}.wi", fused(state, gate, up), sizes)
+        if whole:
+            opened, lifted = graph.split(graph.linear(value, f"{name}.wi", fused(state, gate, up)), sizes, axis=-1)
+        else:
+            opened, lifted = graph.linear_parts(value, f"{name}.wi", fused(state, gate, up), sizes)
         inner = graph.op("Mul", graph.activation(opened, config.dense_act_fn), lifted)
     else:
         inner = graph.linear(value, f"{name}.wi", transposed(state, f"{name}.wi.weight"))

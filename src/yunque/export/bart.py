@@ -30,11 +30,16 @@ def encode(graph: Graph, config: Config, state: State, tied: bool) -> str:
     return hidden
 
 
-def cross(graph: Graph, config: Config, state: State, hidden: str) -> list[tuple[str, Heads]]:
-    """Keys and values of every decoder layer, side by side, from the encoder's hidden states."""
+def cross(graph: Graph, config: Config, state: State, hidden: str) -> list[tuple[list[str], Heads]]:
+    """Keys and values of every decoder layer from the encoder's hidden states."""
     size = config.d_model // config.decoder_attention_heads
-    names = [f"model.decoder.layers.{layer}.encoder_attn" for layer in range(config.decoder_layers)]
-    return [(_projection(graph, state, hidden, name, "kv"), _heads(size, state, name)) for name in names]
+    layers = []
+    for layer in range(config.decoder_layers):
+        name = f"model.decoder.layers.{layer}.encoder_attn"
+        heads = _heads(size, state, name)
+        weights, biases = _projected(state, name, "kv")
+        layers.append((graph.linear_parts(hidden, f"{name}.kv", weights, [heads.width] * 2, biases), heads))
+    return layers
 
 
 def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:

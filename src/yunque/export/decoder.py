@@ -42,7 +42,7 @@ class Parts:
     """What a family's graphs are put together from, in whatever layout; the first two of encoder-decoders only."""
 
     encode: Callable[[Graph], str] | None  # the encoder's hidden states
-    cross: Callable[[Graph, str], list[tuple[str, Heads]]] | None  # from them each layer's keys and values
+    cross: Callable[[Graph, str], list[tuple[list[str], Heads]]] | None  # from them each layer's keys and values
     decode: Callable[[Decoder], None]  # everything from tokens to logits
 
 
@@ -120,19 +120,23 @@ class Decoder:
         return graph.op("Reshape", graph.op("Concat", *turned, axis=-1), graph.constant([0, 0, -1], "int64"))
 
     def cross_bias(self) -> str:
-        """What ``cross_attention`` adds to its scores: [rows, 1, 1, source], 0 at tokens and very low at padding."""
-        return self.graph.input("cross_bias", "float32", ("rows", 1, 1, "source"))
+        """What ``cross_attention`` adds to its scores: [rows, 1, length, source], 0 at tokens, very low at padding."""
+        graph = self.graph
+        return self.for_queries(graph.input("cross_bias", "float32", ("rows", 1, 1, "source")))
+
+    def for_queries(self, bias: str) -> str:
+        """``bias`` [rows, 1, 1, source] as [rows, 1, length, source], which the kernel asks for."""
+        graph = self.graph
+        one = graph.constant([1], "int64")
+        shape = graph.op("Concat", one, one, graph.op("Shape", self.input_ids, start=1), one, axis=0)
+        return graph.op("Expand", bias, shape)
 
     def cross_attention(self, queries: str, layer: int, heads: Heads, *, scale: float, bias: str) -> str:
         """Attention over the encoder's keys and values of ``layer``, with ``cross_bias``."""
-        graph = self.graph
         keys, values = self.cross_cache(layer, heads)
-        split = graph.op("Reshape", queries, graph.constant([0, 0, heads.num_query, heads.size], "int64"))
-        by_head = graph.op("Transpose", split, perm=[0, 2, 1, 3])
-        scores = graph.contrib("FusedMatMul", by_head, keys, transB=1, alpha=scale)
-        weights = graph.op("Softmax", graph.op("Add", scores, bias), axis=-1)
-        mixed = graph.op("Transpose", graph.op("MatMul", weights, values), perm=[0, 2, 1, 3])
-        return graph.op("Reshape", mixed, graph.constant([0, 0, heads.width], "int64"))
+        return self.graph.contrib(
+            "MultiHeadAttention", queries, keys, values, "", "", bias, num_heads=heads.num_query, scale=scale
+        )
 
     def cross_cache(self, layer: int, heads: Heads) -> tuple[str, str]:
         """The encoder's keys and values, each [rows, heads, source, size], made once per text."""
@@ -160,8 +164,8 @@ def graphs(parts: Parts, new_graph: NewGraph) -> dict[str, Graph]:
     found: dict[str, Graph] = {}
     if parts.encode is not None and parts.cross is not None:
         encoder = found["encoder"] = new_graph("encoder")
-        for layer, (both, heads) in enumerate(parts.cross(encoder, parts.encode(encoder))):
-            cross_keys_and_values(encoder, layer, heads, both)
+        for layer, (keys_values, heads) in enumerate(parts.cross(encoder, parts.encode(encoder))):
+            cross_keys_and_values(encoder, layer, heads, keys_values)
     found["decoder"] = new_graph("decoder")
     parts.decode(Decoder(found["decoder"]))
     return found
@@ -180,12 +184,12 @@ def encoder_attention(
     )  # fmt: skip
 
 
-def cross_keys_and_values(graph: Graph, layer: int, heads: Heads, keys_values: str) -> None:
-    """Declare the encoder's outputs for decoder layer ``layer`` from ``keys_values``: both side by side.
+def cross_keys_and_values(graph: Graph, layer: int, heads: Heads, keys_values: Sequence[str]) -> None:
+    """Declare the encoder's outputs for decoder layer ``layer``: keys and values [rows, source, heads * size].
 
     Keys lie as values do, a row of memory per token: a step that reads them is bound by memory, and so in its order.
     """
-    split = graph.op("Reshape", keys_values, graph.constant([0, 0, 2 * heads.num_query, heads.size], "int64"))
-    by_head = graph.op("Transpose", split, perm=[0, 2, 1, 3])
-    for kind, part in zip(("key", "value"), graph.split(by_head, [heads.num_query] * 2, axis=1), strict=True):
-        graph.output(part, f"cross_{kind}.{layer}", "float32", ("rows", heads.num_query, "source", heads.size))
+    for kind, part in zip(("key", "value"), keys_values, strict=True):
+        split = graph.op("Reshape", part, graph.constant([0, 0, heads.num_query, heads.size], "int64"))
+        by_head = graph.op("Transpose", split, perm=[0, 2, 1, 3])
+        graph.output(by_head, f"cross_{kind}.{layer}", "float32", ("rows", heads.num_query, "source", heads.size))

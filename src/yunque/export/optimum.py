@@ -170,7 +170,7 @@ class _Seq2SeqDecoder(OptimumDecoder):
         """As ``Decoder.cross_bias``, from the mask of the encoder's tokens."""
         graph = self.graph
         padding = graph.op("Equal", self._encoder_mask, graph.constant(0, "int64"))
-        return self._low_where(graph.op("Unsqueeze", padding, graph.constant([1, 2], "int64")))
+        return self.for_queries(self._low_where(graph.op("Unsqueeze", padding, graph.constant([1, 2], "int64"))))
 
     def _place(self, past: str) -> None:
         """Positions [1, length] behind ``past`` tokens, which all rows share."""
@@ -189,12 +189,11 @@ class FirstDecoder(_Seq2SeqDecoder):
         self._cross: list[tuple[str, str]] = []
         self._place(graph.constant(0, "int64"))
 
-    def set_cross(self, layers: list[tuple[str, Heads]]) -> None:
-        """Take every layer's keys and values, side by side; both become outputs [batch, heads, source, size]."""
+    def set_cross(self, layers: list[tuple[list[str], Heads]]) -> None:
+        """Take every layer's keys and values, which become outputs [batch, heads, source, size]."""
         graph = self.graph
-        for layer, (both, heads) in enumerate(layers):
+        for layer, (parts, heads) in enumerate(layers):
             names = []
-            parts = graph.split(both, [heads.width] * 2, axis=-1)
             for kind, part in zip(("key", "value"), parts, strict=True):
                 name = f"present.{layer}.encoder.{kind}"
                 shape = ("batch_size", heads.num_query, "encoder_length", heads.size)

@@ -35,16 +35,15 @@ def encode(graph: Graph, config: Config, state: State, tied: bool) -> str:
     return sublayers(hidden, branch, "encoder.final_layer_norm.weight", state)[0]
 
 
-def cross(graph: Graph, config: Config, state: State, hidden: str) -> list[tuple[str, Heads]]:
-    """Keys and values of every decoder layer, side by side, from the encoder's hidden states."""
-    names = [f"decoder.block.{layer}.layer.1.EncDecAttention" for layer in range(config.num_decoder_layers)]
-    return [
-        (
-            graph.linear(hidden, f"{name}.kv", fused(state, f"{name}.k.weight", f"{name}.v.weight")),
-            _heads(config, state, name),
-        )
-        for name in names
-    ]
+def cross(graph: Graph, config: Config, state: State, hidden: str) -> list[tuple[list[str], Heads]]:
+    """Keys and values of every decoder layer from the encoder's hidden states."""
+    layers = []
+    for layer in range(config.num_decoder_layers):
+        name = f"decoder.block.{layer}.layer.1.EncDecAttention"
+        heads = _heads(config, state, name)
+        weight = fused(state, f"{name}.k.weight", f"{name}.v.weight")
+        layers.append((graph.linear_parts(hidden, f"{name}.kv", weight, [heads.width] * 2), heads))
+    return layers
 
 
 def decode(decoder: Decoder, config: Config, state: State, tied: bool) -> None:

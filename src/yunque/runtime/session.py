@@ -17,6 +17,8 @@ from yunque.runtime.spec import ModelSpec
 
 Verify = Literal["sha256", "size", "none"]
 
+_SPIN_US = 500
+
 
 def check_files(folder: Path, verify: Verify) -> None:
     """Compare the folder's files with its manifest: all content, only the sizes, or nothing.
@@ -59,6 +61,8 @@ def open_sessions(
     # Weights beside the arena, which would double in size for them.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    # As long as the caller needs between two steps: a decoder that waits longer holds the core that its encoder wants.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
     sessions, former = {}, anonymous_ranges()
     for name, file in spec.graphs.items():
         try:

@@ -1,11 +1,15 @@
-"""Large pages for a process's weights, which every step reads from end to end."""
+"""Large pages for what every step reads from end to end: a process's weights, the caches of its rows."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import math
 import sys
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 _LARGE_PAGE = 2 << 20
 _COLLAPSE = 25  # MADV_COLLAPSE of Linux 6.1, for which mmap has no name yet
@@ -43,3 +47,14 @@ def use_large_pages(former: Ranges) -> None:
         # A refusal (an old kernel, pages switched off) costs speed only.
         library.madvise(address, size, mmap.MADV_HUGEPAGE)
         library.madvise(address, size, _COLLAPSE)
+
+
+def zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """An array of zeros that begins on a vector's boundary, on large pages where it fills one and the system lets us."""
+    size = 4 * math.prod(shape)
+    memory = mmap.mmap(-1, max(1, size) + _LARGE_PAGE)
+    if size >= _LARGE_PAGE and sys.platform == "linux":
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    numbers = np.frombuffer(memory, np.float32)
+    first = -numbers.ctypes.data % _LARGE_PAGE // 4
+    return numbers[first : first + size // 4].reshape(shape)

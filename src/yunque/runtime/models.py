@@ -248,25 +248,19 @@ class Seq2SeqModel(_Generator):
         """As ``_Generator.begin``; the decoder has read its start token."""
         first = rows.append(len(prompts), 1 + max(room), max(map(len, prompts))).start
         for group in _groups(prompts):
-            chosen = [prompts[number] for number in group]
-            rows.set_source(first + group.start, self.encoded(chosen), np.array([len(prompt) for prompt in chosen]))
+            self._read(rows, first + group.start, [prompts[number] for number in group])
         start = self.spec.decoder_start_token_id
         count = len(prompts)
         rows.forward(first, np.full((count, 1), start, np.int64), np.ones(count, np.int64))
         return [[int(start or 0)] for _ in prompts]
 
-    def encoded(self, prompts: Sequence[Sequence[int]]) -> dict[str, NDArray[np.float32]]:
-        """The encoder's keys and values for every decoder layer, by the names of the decoder's inputs."""
+    def _read(self, rows: Rows, first: int, prompts: Sequence[Sequence[int]]) -> None:
+        """Give rows from ``first`` on the encoder's keys and values of ``prompts``."""
         tokens, lengths = _padded(prompts, self.spec.max_positions)
         mask = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int64)
-        session = self._sessions["encoder"]
-        sizes = {"rows": len(prompts), "source": tokens.shape[1]}
-        outputs = {
-            value.name: np.empty([sizes.get(size, size) for size in value.shape], np.float32)
-            for value in session.get_outputs()
-        }
-        Bound(session, {"input_ids": tokens, "attention_mask": mask}, outputs).run()
-        return outputs
+        cross = rows.source(first, *tokens.shape)
+        Bound(self._sessions["encoder"], {"input_ids": tokens, "attention_mask": mask}, cross).run()
+        rows.set_source(first, cross, lengths)
 
     def logits(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         """Logits [length + 1, vocabulary] after the start token and after every token of every answer."""
@@ -274,7 +268,7 @@ class Seq2SeqModel(_Generator):
         for prompt, answer in zip(prompts, answers, strict=True):
             rows = self.new_rows()
             rows.append(1, len(answer) + 1, len(prompt))
-            rows.set_source(0, self.encoded([prompt]), np.array([len(prompt)]))
+            self._read(rows, 0, [prompt])
             found.append(rows.all_logits(0, np.array([[self.spec.decoder_start_token_id, *answer]], np.int64))[0])
         return found
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from yunque.runtime.memory import zeros
 from yunque.runtime.session import Bound, geometry
 
 _ROOM_STEP = 64
@@ -94,24 +95,31 @@ class Rows:
         if former is not None and former.shape == shape:
             return former
         # Zeros, since a masked position still enters a sum, with weight 0. Masks of padding must be low instead.
-        array = np.full(shape, _MASKED, np.float32) if name == "cross_bias" else np.zeros(shape, np.float32)
+        array = np.full(shape, _MASKED, np.float32) if name == "cross_bias" else zeros(shape)
         if former is not None:
             kept = (slice(used), *(slice(min(sizes)) for sizes in zip(former.shape[1:], shape[1:], strict=True)))
             array[kept] = former[kept]
         return array
 
+    def source(self, row: int, count: int, width: int) -> dict[str, NDArray[np.float32]]:
+        """Where the encoder may write ``count`` sources from ``row`` on: here where they are as wide, without a copy."""
+        names = [name for name in self._cross_names if name != "cross_bias"]
+        if width == self._source:
+            return {name: self._cross[name][row : row + count] for name in names}
+        sizes = {"rows": count, "source": width}
+        shapes = {name: tuple(sizes.get(size, size) for size in self._shapes[name]) for name in names}
+        return {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+
     def set_source(self, row: int, cross: dict[str, NDArray[np.float32]], lengths: NDArray[np.int64]) -> None:
-        """Give rows from ``row`` on the encoder's keys and values and the lengths of their sources."""
-        count, width = len(lengths), int(cross["cross_value.0"].shape[2])
+        """Give rows from ``row`` on what the encoder wrote to the arrays of ``source``, and their sources' lengths."""
+        rows = slice(row, row + len(lengths))
         for name, array in cross.items():
-            if self._cross[name].shape == array.shape:  # all rows at once: these are the buffers
-                self._cross[name] = array
-                continue
-            kept = tuple(slice(size) for size in array.shape[1:])
-            self._cross[name][(slice(row, row + count), *kept)] = array
-            self._cross[name][row : row + count, :, width:] = 0
+            width = array.shape[2]
+            if width < self._source:
+                self._cross[name][rows, :, :width] = array
+                self._cross[name][rows, :, width:] = 0
         known = np.arange(self._source) < lengths[:, None]
-        self._cross["cross_bias"][row : row + count, 0, 0] = np.where(known, np.float32(0), np.float32(_MASKED))
+        self._cross["cross_bias"][rows, 0, 0] = np.where(known, np.float32(0), np.float32(_MASKED))
 
     def bytes_for(self, count: int, room: int, source: int) -> int:
         """Bytes of the buffers of ``count`` rows with ``room`` positions and ``source`` encoder positions."""

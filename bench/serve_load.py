@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from yunque.errors import CheckFailed, run
@@ -38,23 +39,30 @@ PROMPTS, WORDS = 64, 128
 
 @contextmanager
 def serving(folder: Path, *options: object) -> Iterator[tuple[Client, int]]:
-    """A client of a server that is ready, and the server's process."""
+    """A client of a server that is ready, and the server's process; its log goes to a file, which is never full."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "serve/server.py", f"m={folder}", "--port", str(port), *map(str, options)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
+    client = Client(f"http://127.0.0.1:{port}")
+    with TemporaryFile("w+") as log, subprocess.Popen(command, cwd=ROOT, stderr=log) as process:
+        try:
+            while not asyncio.run(is_ready(client)):
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise CheckFailed(f"the server did not start: {log.read()[-2000:]}")
+                time.sleep(0.1)
+            yield client, process.pid
+        finally:
+            process.terminate()
+
+
+async def is_ready(client: Client) -> bool:
+    """Whether the server listens and its model is warm."""
     try:
-        for line in process.stderr:
-            if '"event": "ready"' in line:
-                break
-        else:
-            raise CheckFailed(f"the server did not start: {process.wait()}")
-        yield Client(f"http://127.0.0.1:{port}"), process.pid
-    finally:
-        process.terminate()
-        process.communicate()
+        return (await client.get("/ready"))[0] == 200
+    except OSError:
+        return False
 
 
 def measure(

@@ -30,6 +30,8 @@ class Server:
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.began, self.log, self.url, self.ready_s, self.ready_ticks = time.monotonic(), [], None, None, None
+        self.reading = threading.Event()  # cleared: the log is read no further
+        self.reading.set()
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
         if wait:
@@ -40,6 +42,7 @@ class Server:
 
     def _read(self):
         for line in self.process.stderr:
+            self.reading.wait()
             entry = json.loads(line) if line.startswith("{") else {"event": "text", "text": line.strip()}
             if entry["event"] == "listening":
                 self.url = entry["url"]
@@ -84,4 +87,5 @@ class Server:
     def __exit__(self, *reason):
         if self.process.poll() is None:
             self.send(signal.SIGKILL)
+        self.reading.set()
         self.end()

@@ -18,10 +18,10 @@ def logits_by_request(model, ids, joins, monkeypatch):
     seen = {}
     choose = Batch._choose
 
-    def note(self, plan, logits, places, made):
+    def note(self, plan, logits, *more):
         for request, row in zip(plan.requests.tolist(), logits, strict=True):
             seen.setdefault(request, []).append(row.copy())
-        return choose(self, plan, logits, places, made)
+        return choose(self, plan, logits, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(Batch, "_choose", note)

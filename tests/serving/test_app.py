@@ -368,7 +368,7 @@ def test_pipelined_requests_are_answered_in_order(open_server):
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_texts_are_in_the_log_only_when_asked_for(client, service, engine, capsys, asked):
+def test_texts_are_in_the_log_only_when_asked_for(client, service, engine, capfd, asked):
     logs.configure(show_messages=asked)
     service.settings = service.settings.model_copy(update={"log_requests": asked})
     ask(client, prompt="secret-prompt")
@@ -381,7 +381,7 @@ def test_texts_are_in_the_log_only_when_asked_for(client, service, engine, capsy
 
     def told():
         nonlocal written
-        written += capsys.readouterr().err
+        written += capfd.readouterr().err
         return '"status": 500' in written
 
     assert until(told)

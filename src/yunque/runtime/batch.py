@@ -1,4 +1,4 @@
-"""A running batch of texts: requests join, every step gives each one token, finished ones leave."""
+"""A running batch of texts: requests join, steps give each its next token, finished ones leave."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from yunque.errors import InputError
 from yunque.runtime import sampling
 from yunque.runtime.options import GenerationOptions
+from yunque.runtime.pieces import PromptReader
 from yunque.runtime.rows import Rows
 from yunque.runtime.spec import ModelSpec
 
@@ -24,7 +25,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Step:
-    """What one step gave, one entry per running request."""
+    """What one step gave, one entry per request that got a token."""
 
     requests: Ints  # ids that ``add`` was given
     tokens: Ints
@@ -115,6 +116,11 @@ def new_tokens(spec: ModelSpec, prompt: Sequence[int], options: GenerationOption
     return min(options.max_new_tokens, most - len(prompt))
 
 
+def sizes(spec: ModelSpec, prompt: Sequence[int], new: int) -> tuple[int, int]:
+    """Positions of the decoder and of the encoder that a text with ``new`` tokens takes."""
+    return (1 + new, len(prompt)) if spec.kind == "seq2seq" else (len(prompt) + new, 0)
+
+
 class Batch:
     """Texts in the making, whatever their lengths and options.
 
@@ -146,28 +152,61 @@ class Batch:
     ) -> None:
         """Let requests join, whose prompts are token ids; their first tokens come with the next ``step``.
 
+        A prompt of several requests is read once.
+
         Raises:
             InputError: an empty prompt, or one that leaves no room for a new token.
         """
         room = [new_tokens(self._spec, prompt, option) for prompt, option in zip(prompts, options, strict=True)]
         if not requests:
             return
+        same: dict[tuple[int, ...], list[int]] = {}
+        for number, prompt in enumerate(prompts):
+            same.setdefault(tuple(prompt), []).append(number)
         before = self._decoder.count
+        copies = [(before + place, number) for place, numbers in enumerate(same.values()) for number in numbers[1:]]
         try:
-            contexts = self._begin(self._decoder, prompts, room)
+            needed = [sizes(self._spec, prompt, more) for prompt, more in zip(prompts, room, strict=True)]
+            self._decoder.reserve(before + len(requests), *map(max, zip(*needed, strict=True)))
+            most = [max(room[number] for number in numbers) for numbers in same.values()]
+            contexts = self._begin(self._decoder, list(same), most)
+            if copies:
+                self._decoder.copy(self._decoder, [row for row, _ in copies])
         except BaseException:
             self._decoder.truncate(before)  # those that run go on
             raise
-        first, last = len(self._rows), len(self._rows) + len(requests)
-        width = max(len(context) + limit for context, limit in zip(contexts, room, strict=True))
-        self._widen(last, width)
-        for row, context in enumerate(contexts, start=first):
-            self._context[row, : len(context)] = context
-        self._rows += [
-            _Row(request, option, len(context), limit)
-            for request, option, context, limit in zip(requests, options, contexts, room, strict=True)
+        contexts += [contexts[row - before] for row, _ in copies]
+        order = [numbers[0] for numbers in same.values()] + [number for _, number in copies]
+        rows = [
+            _Row(requests[number], options[number], len(context), room[number])
+            for number, context in zip(order, contexts, strict=True)
         ]
-        self._fresh += len(requests)
+        self._put(rows, contexts)
+
+    def join(self, requests: Sequence[int], reader: PromptReader, options: Sequence[GenerationOptions]) -> None:
+        """As ``add``, for requests whose one prompt has been read piece by piece.
+
+        Raises:
+            InputError: as ``add``.
+        """
+        assert not reader.left, "the prompt is read to its end first"
+        prompt = reader.prompt
+        room = [new_tokens(self._spec, prompt, option) for option in options]
+        self._decoder.copy(reader.rows, [0] * len(requests), len(prompt) + max(room))
+        rows = [
+            _Row(request, option, len(prompt), limit)
+            for request, option, limit in zip(requests, options, room, strict=True)
+        ]
+        self._put(rows, [prompt] * len(requests))
+
+    def _put(self, rows: list[_Row], contexts: Sequence[Sequence[int]]) -> None:
+        """Take in requests whose rows of the decoder are there."""
+        first = len(self._rows)
+        self._widen(first + len(rows), max(row.prompt_length + row.limit for row in rows))
+        for number, context in enumerate(contexts, start=first):
+            self._context[number, : len(context)] = context
+        self._rows += rows
+        self._fresh += len(rows)
         self._plan = None
 
     def _widen(self, rows: int, width: int) -> None:
@@ -197,47 +236,52 @@ class Batch:
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def step(self) -> Step:
-        """Give every running request its next token; the finished ones leave the batch."""
-        count = len(self._rows)
-        numbers = np.arange(count)
-        plan = self._plan = self._plan or _Plan.of(self._rows, [self._eos(row.options) for row in self._rows])
-        if waiting := count - self._fresh:
-            lengths = self._lengths(waiting)
-            self._decoder.step(self._context[numbers[:waiting], lengths])
-        self._fresh = 0
+        """Give those that have just joined their first tokens, or else every request its next; finished ones leave.
+
+        First tokens are there when the prompts are read: they need not wait for a pass over all rows.
+        """
+        count, plan = len(self._rows), self._plan
+        first = count - self._fresh if self._fresh else 0
+        if self._fresh:
+            plan = self._planned(first)
+            self._fresh = 0
+        else:
+            self._decoder.step(self._context[np.arange(count), self._decoder.lengths[:count]])
+            plan = self._plan = plan or self._planned(0)
         # The cache lacks the newest token of every row: its length is the number of tokens before that.
-        places = self._decoder.lengths[:count].astype(np.int64)
-        logits, made = self._decoder.logits[:count], places - plan.begins
-        tokens = self._choose(plan, logits, places, made)
+        places = self._decoder.lengths[first:count].astype(np.int64)
+        logits, made = self._decoder.logits[first:count], places - plan.begins
+        tokens = self._choose(plan, logits, self._context[first:count], places)
         logprobs = sampling.log_probabilities(logits, tokens) if plan.logprobs else None
         top = sampling.top_log_probabilities(logits, plan.top_logprobs) if plan.top_logprobs else None
-        self._context[numbers, places] = tokens
-        reasons = np.zeros(count, np.int8)
+        self._context[np.arange(first, count), places] = tokens
+        reasons = np.zeros(count - first, np.int8)
         reasons[made + 1 >= plan.limits] = LENGTH
         reasons[(tokens[:, None] == plan.eos).any(axis=1)] = EOS
         for row in plan.stops:
-            if reasons[row] != EOS and self._hits_stop(row, int(places[row]) + 1):
+            if reasons[row] != EOS and self._hits_stop(first + row, int(places[row]) + 1):
                 reasons[row] = STOP
-        cancelled = np.array([row.cancelled for row in self._rows])
+        cancelled = np.array([row.cancelled for row in self._rows[first:]])
         step = Step(plan.requests, tokens, reasons, logprobs, top)
         if cancelled.any():
             step = step.only(~cancelled)
-        self._drop(np.flatnonzero((reasons != RUNNING) | cancelled).tolist())
+        self._drop((first + np.flatnonzero((reasons != RUNNING) | cancelled)).tolist())
         return step
 
-    def _lengths(self, count: int) -> Ints:
-        return self._decoder.lengths[:count].astype(np.int64)
+    def _planned(self, first: int) -> _Plan:
+        rows = self._rows[first:]
+        return _Plan.of(rows, [self._eos(row.options) for row in rows])
 
     def _eos(self, options: GenerationOptions) -> tuple[int, ...]:
         return self._spec.eos_token_ids if options.eos_token_ids is None else options.eos_token_ids
 
-    def _choose(self, plan: _Plan, logits: NDArray[np.float32], places: Ints, made: Ints) -> Ints:
+    def _choose(self, plan: _Plan, logits: NDArray[np.float32], context: Ints, places: Ints) -> Ints:
         """The next tokens [rows] from ``logits`` [rows, vocabulary], which stay as they are."""
-        raw = logits
+        raw, made = logits, places - plan.begins
         if (plan.penalty != 1).any() or plan.ngram.any():
             logits = logits.copy()
-            sampling.penalize_repetition(logits, self._context, places, plan.penalty)
-            sampling.forbid_repeated_ngrams(logits, self._context, places, plan.ngram)
+            sampling.penalize_repetition(logits, context, places, plan.penalty)
+            sampling.forbid_repeated_ngrams(logits, context, places, plan.ngram)
         early = made < plan.min_new
         if early.any() and plan.eos.shape[1]:
             logits = logits.copy() if logits is raw else logits

@@ -54,7 +54,7 @@ class Rows:
     def append(self, count: int, room: int, source: int = 0) -> range:
         """Add ``count`` empty rows with ``room`` positions (and ``source`` encoder positions); return their numbers."""
         first, total = self.count, self.count + count
-        self._reserve(total, room, source)
+        self.reserve(total, room, source)
         self.lengths[first:total] = 0
         self.count, self._step = total, None
         return range(first, total)
@@ -68,7 +68,8 @@ class Rows:
             room = room if self._room == 0 else max(room, self._room + _ROOM_STEP)
         return capacity, max(room, self._room), max(source, self._source)
 
-    def _reserve(self, count: int, room: int, source: int) -> None:
+    def reserve(self, count: int, room: int, source: int = 0) -> None:
+        """Let the buffers hold ``count`` rows of these sizes."""
         sizes = self.sizes_after(count, room, source)
         if sizes != self.capacity:
             self._resize(*sizes)
@@ -170,6 +171,17 @@ class Rows:
         self.logits = np.repeat(self.logits[: self.count], times, axis=0)
         self.count, self._step = self.count * times, None
 
+    def copy(self, other: Rows, sources: Sequence[int], room: int = 0) -> None:
+        """Add rows that go on from rows ``sources`` of ``other``, which may be these rows themselves."""
+        new = self.append(len(sources), room)
+        rows, used = slice(new.start, new.stop), int(other.lengths[sources].max())
+        for name, array in self._past.items():
+            array[rows, :, :used] = other._past[name][sources, :, :used]
+        for name, array in self._cross.items():
+            array[rows] = other._cross[name][sources]
+        self.lengths[rows] = other.lengths[sources]
+        self.logits[rows] = other.logits[sources]
+
     def reorder(self, index: NDArray[np.int64]) -> None:
         """Let row r continue the text of row ``index[r]``, which has the same source."""
         moved = np.flatnonzero(index != np.arange(len(index)))
@@ -195,6 +207,21 @@ class Rows:
         }
         self._bind(first, count, inputs).run()
         self.lengths[first : first + count] = lengths
+
+    def extend(self, row: int, tokens: NDArray[np.int64], count: int) -> None:
+        """Append the first ``count`` of ``tokens`` [1, length] to what ``row`` holds; the rest is padding."""
+        begin = int(self.lengths[row])
+        end = begin + tokens.shape[1]
+        inputs: dict[str, NDArray[Any]] = {
+            "input_ids": tokens,
+            "positions": np.arange(begin, end)[None],
+            # Attention counts back from here to where the tokens begin, so padding counts; it is overwritten later.
+            "last_position": np.array([end - 1], np.int32),
+            "total_length": np.array(end, np.int32),
+            "logit_rows": np.array([count - 1]),
+        }
+        self._bind(row, 1, inputs).run()
+        self.lengths[row] = begin + count
 
     def step(self, tokens: NDArray[np.int64]) -> None:
         """Append one token to each of the first ``len(tokens)`` rows."""

@@ -189,3 +189,15 @@ def test_impossible_requests_are_refused(exported):
     with pytest.raises(InputError, match="options for 2 prompts"):
         model.generate(["w5", "w6"], [GenerationOptions()])
     assert model.generate([]) == []
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_what_a_call_leaves_in_memory_does_not_reach_the_next(exported, prompts, name):
+    model = exported(name).runtime
+    first, second = prompts[:4], prompts[4:8]
+    options = {"max_new_tokens": 12, "eos_token_ids": ()}
+    alone = [model.generate([prompt], **options)[0].tokens for prompt in first]
+    for former in (second, first[::-1], second[:2], [max(prompts, key=len)] * 4):
+        model.generate(former, max_new_tokens=20, eos_token_ids=())
+        assert [answer.tokens for answer in model.generate(first, **options)] == alone
+    assert model.generate([]) == []

@@ -41,3 +41,14 @@ def test_memory_of_the_weights_lies_on_large_pages_unchanged():
     memory.use_large_pages(former)
     assert huge_kilobytes(address) >= SIZE // 2 // 1024
     assert (values == np.arange(len(values))).all()
+
+
+@pytest.mark.parametrize(("shape", "edge"), [((3, 5), 64), ((8, 3, 1 << 18), 2 << 20)])
+def test_zeros_begin_on_a_boundary(shape, edge):
+    found = [memory.zeros(shape) for _ in range(5)]
+    for number, array in enumerate(found):
+        assert array.shape == shape
+        assert array.ctypes.data % edge == 0
+        assert not array.any()
+        array[...] = number
+    assert [int(array.max()) for array in found] == [int(array.min()) for array in found] == [0, 1, 2, 3, 4]

@@ -66,8 +66,12 @@ def test_a_prompt_of_several_texts_is_read_once(exported, prompts, name, monkeyp
     alone = [model.generate([row], option)[0].tokens for row, option in zip(ids, options, strict=True)]
     read = []
     if isinstance(model, Seq2SeqModel):
-        encoded = Seq2SeqModel.encoded
-        monkeypatch.setattr(Seq2SeqModel, "encoded", lambda self, rows: read.extend(rows) or encoded(self, rows))
+        set_source = Rows.set_source
+        monkeypatch.setattr(
+            Rows,
+            "set_source",
+            lambda self, row, cross, lengths: read.extend(lengths) or set_source(self, row, cross, lengths),
+        )
     else:
         forward = Rows.forward
         monkeypatch.setattr(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import math
+import mmap
 import sys
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _LARGE_PAGE = 2 << 20
+_VECTOR = 64
 _COLLAPSE = 25  # MADV_COLLAPSE of Linux 6.1, for which mmap has no name yet
 
 Ranges = list[tuple[int, int]]
@@ -50,11 +51,9 @@ def use_large_pages(former: Ranges) -> None:
 
 
 def zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """An array of zeros that begins on a vector's boundary, on large pages where it fills one and the system lets us."""
-    size = 4 * math.prod(shape)
-    memory = mmap.mmap(-1, max(1, size) + _LARGE_PAGE)
-    if size >= _LARGE_PAGE and sys.platform == "linux":
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    numbers = np.frombuffer(memory, np.float32)
-    first = -numbers.ctypes.data % _LARGE_PAGE // 4
-    return numbers[first : first + size // 4].reshape(shape)
+    """An array of zeros that begins where a vector does, or a large page if it fills one: NumPy asks for those."""
+    count = math.prod(shape)
+    edge = (_LARGE_PAGE if 4 * count >= _LARGE_PAGE else _VECTOR) // 4
+    memory = np.zeros(count + edge, np.float32)  # what is not touched costs nothing
+    first = -memory.ctypes.data // 4 % edge
+    return memory[first : first + count].reshape(shape)

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from yunque.errors import InputError
-from yunque.runtime.batch import REASONS, Batch, Step, new_tokens
+from yunque.runtime.batch import REASONS, Batch, Step, new_tokens, sizes
 from yunque.runtime.beams import beam_search
 from yunque.runtime.options import GenerationOptions
 from yunque.runtime.rows import Rows, whole
@@ -96,6 +96,10 @@ class _Model:
 class _Generator(_Model):
     """What encoder-decoder and decoder-only models share."""
 
+    def __init__(self, folder: Path, spec: ModelSpec, sessions: Mapping[str, ort.InferenceSession]) -> None:
+        super().__init__(folder, spec, sessions)
+        self._idle: list[Rows] = []  # of the last call: memory that the system need not give and clear again
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -167,8 +171,14 @@ class _Generator(_Model):
         self, prompts: Sequence[Sequence[int]], options: Sequence[GenerationOptions], *, batch_size: int = 32
     ) -> Iterator[Step]:
         """Yield every step over ``prompts`` (token ids), whose numbers are the steps' ``requests``."""
-        batch = self.new_batch()
-        # Long prompts first: they wait for nobody then, and the cache has its size from the start.
+        if not prompts:
+            return
+        limits = [new_tokens(self.spec, prompt, option) for prompt, option in zip(prompts, options, strict=True)]
+        needed = [sizes(self.spec, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+        rows = self._idle.pop() if self._idle else self.new_rows()
+        rows.restart(min(batch_size, len(prompts)), *map(max, zip(*needed, strict=True)))
+        batch = Batch(self.spec, rows, self.begin, self.tokenizer.decode)
+        # Long prompts first: they wait for nobody then.
         waiting = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         while waiting or len(batch):
             # Prompts are read together: a few places at a time are not worth the pass.
@@ -177,6 +187,7 @@ class _Generator(_Model):
                 joining = [waiting.pop() for _ in range(min(free, len(waiting)))]
                 batch.add(joining, [prompts[number] for number in joining], [options[number] for number in joining])
             yield batch.step()
+        self._idle[:] = [rows]
 
     def new_batch(self) -> Batch:
         """An empty batch, for callers that let requests join and leave as they come."""

@@ -74,6 +74,13 @@ class Rows:
         if sizes != self.capacity:
             self._resize(*sizes)
 
+    def restart(self, count: int, room: int, source: int) -> None:
+        """Drop all rows, and let the buffers be those of ``count`` rows of these sizes: the same ones if they are."""
+        self.truncate(0)
+        sizes = (count, whole(room), whole(source))
+        if sizes != self.capacity:
+            self._resize(*sizes)
+
     def fit(self, room: int, source: int) -> None:
         """Shrink the buffers to rows that need no more than ``room`` and ``source`` positions."""
         self._resize(self.count, whole(room), whole(source))

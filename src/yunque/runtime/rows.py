@@ -110,7 +110,7 @@ class Rows:
         return array
 
     def source(self, row: int, count: int, width: int) -> dict[str, NDArray[np.float32]]:
-        """Where the encoder may write ``count`` sources from ``row`` on: here where they are as wide, without a copy."""
+        """Where the encoder writes ``count`` sources from ``row`` on: here, without a copy, where they are as wide."""
         names = [name for name in self._cross_names if name != "cross_bias"]
         if width == self._source:
             return {name: self._cross[name][row : row + count] for name in names}

@@ -1,7 +1,10 @@
 """The house rules of DESIGN and STYLE that a test can hold up."""
 
 import ast
+import functools
+import graphlib
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,23 +22,37 @@ FLOORS = (
 )
 """The library's rooms, lowest first: a room imports only from lower ones."""
 
-FORBIDDEN = {"runtime": {"torch", "transformers"}, "serving": {"torch", "transformers"}, "compression": {"yunque.rl"}}
+FORBIDDEN = {"compression": "yunque.rl"}
 """What a room never imports although its floor would allow it."""
 
 HEAVY = {"datasets", "numpy", "onnxruntime", "pandas", "torch", "transformers", "trl"}
 
+TORCH_FREE = ("errors", "provenance", "artifacts", "runtime", "serving")
+"""Rooms that run without torch and its kin, and so must everything that they import, and what that imports in turn."""
+
+TORCH_AND_KIN = {"accelerate", "datasets", "onnx", "peft", "safetensors", "torch", "transformers", "trl"}
+
+CODE = {".css", ".html", ".js", ".py", ".sbatch", ".sh"}
+
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 500
+MAX_SCRIPT_LINES = 250
 
 
 def python_files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Absolute names of the modules `path` imports anywhere, `from yunque import a` counted as `yunque.a`."""
+def imported_modules(path: Path, *, for_types: bool = True) -> set[str]:
+    """Absolute names of the modules `path` imports anywhere, `from yunque import a` counted as `yunque.a`.
+
+    Without `for_types`, what stands under `if TYPE_CHECKING` is left out: it never runs.
+    """
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    blocks = [node for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    hidden = set() if for_types else {inner for block in blocks for inner in ast.walk(block)}
     modules = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in set(nodes) - hidden:
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -45,12 +62,40 @@ def imported_modules(path: Path) -> set[str]:
     return modules
 
 
+def code_files() -> list[Path]:
+    """Programs in any language, and their pages."""
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+    return sorted(path for path in files if path.suffix in CODE or (path.parent.name == ".ci" and not path.suffix))
+
+
+def num_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
+@functools.cache
+def library() -> dict[str, set[str]]:
+    """What each module of the library imports when it runs, by its dotted name; its own package is no import."""
+    found = {}
+    for path in python_files("src"):
+        name = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+        imported = imported_modules(path, for_types=False) - {name}
+        found[name] = {module for module in imported if not name.startswith(f"{module}.")}
+    return found
+
+
 def room_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
 def test_every_room_has_a_floor():
-    assert {room_of(path) for path in python_files("src")} - {"__init__"} <= set(FLOORS)
+    assert {room_of(path) for path in python_files("src")} - {"__init__"} == set(FLOORS)
+
+
+def test_the_floors_are_the_document_s():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.partition("## Rooms")[2].partition("\n## ")[0]
+    rooms = [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
+    assert rooms == [room for room in FLOORS if room != "__main__"]
 
 
 @pytest.mark.parametrize("path", python_files("src"), ids=lambda path: path.relative_to(SOURCE).as_posix())
@@ -60,8 +105,24 @@ def test_imports_come_from_lower_floors(path):
     modules = imported_modules(path)
     rooms = {module.split(".")[1] for module in modules if module.startswith("yunque.")} & set(FLOORS)
     assert rooms <= lower | {room}
-    forbidden = FORBIDDEN.get(room, set())
-    assert not [module for module in modules if any(f"{module}.".startswith(f"{name}.") for name in forbidden)]
+    assert not [module for module in modules if room in FORBIDDEN and module.startswith(FORBIDDEN[room])]
+
+
+def test_no_module_imports_itself_in_a_circle():
+    modules = library()
+    graphlib.TopologicalSorter({name: imported & modules.keys() for name, imported in modules.items()}).prepare()
+
+
+def test_torch_is_out_of_reach_of_what_runs_without_it():
+    modules, rooms = library(), tuple(f"yunque.{room}" for room in TORCH_FREE)
+    imports = modules | {str(path): imported_modules(path) for path in python_files("serve")}
+    todo = [name for name in imports if name.startswith(rooms) or name not in modules]
+    reached = set()
+    while todo:
+        if (name := todo.pop()) not in reached:
+            reached.add(name)
+            todo += imports[name] & modules.keys()
+            assert not TORCH_AND_KIN & {module.partition(".")[0] for module in imports[name]}, name
 
 
 def test_no_script_imports_another():
@@ -90,18 +151,17 @@ def test_import_is_cheap(module):
     assert not done.stdout.strip()
 
 
-@pytest.mark.parametrize("path", python_files("src", *RUNNABLE, "tests"), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", code_files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_are_short(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MAX_FILE_LINES
-    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    if path.parent.name in (
-        "recipes",
-        "compress",
-    ):  # a recipe's main is the flow to read, from top to bottom (STYLE, rule 4)
-        functions = [function for function in functions if function.name != "main"]
-    long = {node.name: lines for node in functions if (lines := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES}
-    assert not long
+    is_script = path.parent in (ROOT / "recipes", ROOT / "compress") and path.suffix == ".py"
+    assert len(text.splitlines()) <= (MAX_SCRIPT_LINES if is_script else MAX_FILE_LINES)
+    if path.suffix != ".py":
+        return
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    # a recipe's main is the flow to read, from top to bottom (STYLE, rule 4)
+    functions = [node for node in nodes if not (is_script and node.name == "main")]
+    assert not {node.name: lines for node in functions if (lines := num_lines(node)) > MAX_FUNCTION_LINES}
 
 
 def test_top_level_folders_are_the_design_s():

@@ -304,6 +304,15 @@ def read_manifest(folder: str | Path) -> Manifest:
     return Manifest(**{field.name: content[field.name] for field in fields(Manifest)})
 
 
+def manifest_of(model: str) -> Manifest | None:
+    """The manifest of a local model folder, if it has one.
+
+    Raises:
+        InputError: as ``read_manifest``, of a manifest that is there.
+    """
+    return read_manifest(model) if (Path(model) / MANIFEST).is_file() else None
+
+
 def _check_fields(path: Path, content: Mapping[str, Any]) -> None:
     for name, hint in get_type_hints(Manifest).items():
         kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)

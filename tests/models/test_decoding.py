@@ -7,7 +7,8 @@ from peft import LoraConfig, get_peft_model
 
 from yunque.models import decoding
 from yunque.models.adapter import adapter_for
-from yunque.models.decoding import ModelDecoder, decoder_for, length_batches
+from yunque.models.decoders import ModelDecoder, decoder_for
+from yunque.models.decoding import length_batches
 from yunque.models.decoding_causal import GPT2Decoder, LlamaDecoder
 from yunque.models.decoding_t5 import T5Decoder
 

@@ -79,9 +79,7 @@ def request(rng):
         at = rng.randrange(len(data) + 1)
         data = data[:at] + rng.choice(LITERALS) + data[at + rng.randrange(4) :]
     if rng.random() < 0.05:
-        path = rng.choice(
-            ("/", "/v1/none", "/v1/models/" + "a" * 200, "/%2e%2e/%2e%2e/etc/passwd", "/metrics", "/health")
-        )
+        path = rng.choice(STRANGE_PATHS)
     method = rng.choice(("POST",) * 20 + ("GET", "PUT", "DELETE", "OPTIONS"))
     headers = ["Host: localhost", f"Content-Length: {len(data)}"]
     headers.append(rng.choice(("Content-Type: application/json",) * 9 + ("Content-Type: text/plain",)))

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from yunque.errors import InputError
-from yunque.evaluation.generators import Generator, load_generator
+from yunque.evaluation.generators import Generator
+from yunque.evaluation.loading import load_generator
 from yunque.evaluation.settings import Setting
 from yunque.models.adapter import TokenIds
 from yunque.models.arguments import ModelArguments
@@ -60,10 +61,8 @@ class AlignedPolicy:
 
 def token_divergences(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float64]:
     """KL(softmax(first) || softmax(second)) of logits [tokens, vocabulary], one per token, in nats."""
-    logs = [_log_softmax(logits[:, : min(first.shape[1], second.shape[1])]) for logits in (first, second)]
-    return np.asarray(np.maximum((np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1), 0.0))
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+    vocabulary = min(first.shape[1], second.shape[1])
+    log_p, log_q = (
+        torch.tensor(logits[:, :vocabulary], dtype=torch.float64).log_softmax(dim=1) for logits in (first, second)
+    )
+    return np.asarray((log_p.exp() * (log_p - log_q)).sum(dim=1).clamp(min=0.0))

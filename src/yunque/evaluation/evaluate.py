@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +24,19 @@ from yunque.evaluation.arguments import (
 )
 from yunque.evaluation.divergence import AlignedPolicy
 from yunque.evaluation.evaluation_files import EvaluationFolder, fingerprint, finish, show, write_sweep
-from yunque.evaluation.generators import Generator, load_generator
-from yunque.evaluation.judging import ToxicityJudge, embed, judge_of
+from yunque.evaluation.generators import Generator
+from yunque.evaluation.judging import embed, judge_of
+from yunque.evaluation.loading import load_generator
 from yunque.evaluation.progress import Progress
-from yunque.evaluation.prompting import EvaluationPrompts, prepare, row_share
+from yunque.evaluation.prompting import prepare, row_share
 from yunque.evaluation.scoring import AnsweredRow
 from yunque.evaluation.settings import Setting, expand
 from yunque.evaluation.speed import measure_speed
+from yunque.evaluation.work import Work
 from yunque.metrics.formats import Check, compile_pattern, json_schema, pattern
 from yunque.metrics.voting import majority, vote_key
 
 Record = dict[str, Any]
-
-
-@dataclass
-class Work:
-    """What the steps of an evaluation share."""
-
-    model: EvaluatedModelArguments
-    data: HeldOutArguments
-    args: EvaluationArguments
-    argv: Sequence[str]
-    accelerator: Accelerator
-    console: Console
-    prompts: EvaluationPrompts
-    batches: list[list[int]]
-    checks: list[Check]
-    judge: ToxicityJudge | None
-    aligned: AlignedPolicy | None
-    described: dict[str, Any]
 
 
 def evaluate(

@@ -16,14 +16,12 @@ from yunque import artifacts, provenance
 from yunque.errors import InputError
 from yunque.evaluation.arguments import EvaluationArguments
 from yunque.evaluation.progress import Progress, differing, write_atomically
-from yunque.evaluation.prompting import manifest_of
 from yunque.evaluation.scoring import SCALE, UNITS, AnsweredRow, score
 from yunque.evaluation.settings import Setting
+from yunque.evaluation.work import Work
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from yunque.evaluation.evaluate import Work
 
 SCHEMA = 1
 RESULT = "evaluation.json"
@@ -214,7 +212,7 @@ def show(console: Console, path: Path, result: dict[str, Any]) -> None:
 
 def _model(work: Work) -> dict[str, Any]:
     name = str(work.model.model_name_or_path)
-    manifest = manifest_of(name)
+    manifest = artifacts.manifest_of(name)
     is_local = Path(name).is_dir()
     return {
         "path": str(Path(name).resolve()) if is_local else name,

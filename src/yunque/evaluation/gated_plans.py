@@ -113,7 +113,7 @@ class GatedPlans:
     def write(self, plan: PrecisionPlan, folder: Path) -> list[Any]:
         """Write the ONNX folder of ``plan`` as a finished model folder of its own."""
         parent = self.source.name
-        known = artifacts.read_manifest(parent) if (Path(parent) / artifacts.MANIFEST).is_file() else None
+        known = artifacts.manifest_of(parent)
         written: list[Any] = []
         artifacts.save_model_folder(
             folder,

@@ -1,9 +1,7 @@
-"""What answers prompts in an evaluation: a torch model of any kind, behind one small interface."""
+"""What answers prompts in an evaluation, behind one small interface: here a torch model of any kind."""
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -14,13 +12,14 @@ from peft import PeftModel
 from yunque.errors import InputError
 from yunque.evaluation.settings import Setting
 from yunque.models.adapter import TokenIds, adapter_for
-from yunque.models.arguments import GenerationArguments, ModelArguments
+from yunque.models.arguments import GenerationArguments
 from yunque.models.decoding import length_batches
 from yunque.models.dola import DolaModel
-from yunque.models.inference import InferenceModel, load_for_inference, model_bytes
+from yunque.models.inference import InferenceModel, model_bytes
 from yunque.models.policy import has_plain_head, score_tokens
 from yunque.models.quantized import weight_bytes
 from yunque.rl.rollout import generate
+from yunque.rl.statistics import peak_memory_bytes
 
 
 class Answer(NamedTuple):
@@ -86,17 +85,13 @@ class Generator(Protocol):
         ...
 
 
-def load_generator(args: ModelArguments, device: torch.device) -> Generator:
-    """Load the model folder ``args.model_name_or_path`` of whatever kind.
-
-    Raises:
-        InputError: as ``load_for_inference``; an ONNX folder that the runtime cannot read.
-    """
-    from yunque.evaluation.onnx_generator import OnnxGenerator, is_onnx
-
-    if is_onnx(str(args.model_name_or_path)):
-        return OnnxGenerator(args)
-    return TorchGenerator(load_for_inference(args), str(args.model_name_or_path), device)
+def encode_references(generator: Generator, references: Sequence[str]) -> list[list[int]]:
+    """Tokens as fine-tuning's labels: an encoder-decoder's tokenizer ends them itself, a decoder's do end."""
+    tokenizer = generator.tokenizer
+    if generator.is_encoder_decoder:
+        return list(tokenizer(text_target=list(references), verbose=False)["input_ids"])
+    ids = tokenizer(list(references), add_special_tokens=False, verbose=False)["input_ids"]
+    return [[*row, generator.end_id] for row in ids]
 
 
 class TorchGenerator:
@@ -138,7 +133,7 @@ class TorchGenerator:
     ) -> list[ReferenceLoss | None] | None:
         """Loss under teacher forcing, of the tokens that fine-tuning would train on."""
         targets, cut = [], []
-        for query, whole in zip(queries, self.encode_references(references), strict=True):
+        for query, whole in zip(queries, encode_references(self, references), strict=True):
             limit = self.prompt_limit(1)
             room = limit if self.is_encoder_decoder else limit + 1 - len(query)
             targets.append(whole[: max(room, 0)])
@@ -186,22 +181,13 @@ class TorchGenerator:
 
     def peak_memory_bytes(self) -> int:
         """Of the GPU, or of the whole process with its libraries."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return peak_resident_bytes()
+        return peak_memory_bytes(self.device)
 
     def _contrasting(self, layers: str) -> DolaModel:
         if self.loaded.has_virtual_tokens:
             raise InputError("dola_layers: a model of virtual tokens (prompt tuning) is decoded plainly; leave it out")
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         return DolaModel(base, layers, plain_head=self.lean).eval()
-
-    def encode_references(self, references: Sequence[str]) -> list[list[int]]:
-        """Tokens as fine-tuning's labels: an encoder-decoder's tokenizer ends them itself, a decoder's do end."""
-        if self.is_encoder_decoder:
-            return list(self.tokenizer(text_target=list(references), verbose=False)["input_ids"])
-        ids = self.tokenizer(list(references), add_special_tokens=False, verbose=False)["input_ids"]
-        return [[*row, self.end_id] for row in ids]
 
     @torch.no_grad()
     def _answers_after_virtual_tokens(self, queries: Sequence[TokenIds], options: GenerationArguments) -> list[Answer]:
@@ -222,9 +208,3 @@ class TorchGenerator:
                 ends = [place for place, token in enumerate(row) if token in self.adapter.eos_ids]
                 found.append(Answer(row[: ends[0]] if ends else row, bool(ends)))
         return found
-
-
-def peak_resident_bytes() -> int:
-    """Most memory that this process has had resident."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

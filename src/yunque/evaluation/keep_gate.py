@@ -171,9 +171,8 @@ def _search_folder(order: QuantizationArguments, model: str) -> Path:
 def _dataset(source: Source, args: KeepGateArguments) -> str:
     if args.gate_dataset_name is not None:
         return args.gate_dataset_name
-    manifest = Path(source.name) / artifacts.MANIFEST
-    known = artifacts.read_manifest(source.name).data if manifest.is_file() else []
-    for data in known:
+    known = artifacts.manifest_of(source.name)
+    for data in known.data if known else []:
         if Path(str(data.get("name"))).exists():
             return str(data["name"])
     raise InputError("gate_dataset_name: the model names no data that is here; give prompts to judge the answers to")
@@ -396,7 +395,7 @@ def _names(work: Work, plan: PrecisionPlan) -> dict[str, str]:
 def _save(work: Work, measured: Sequence[Measured], plan: PrecisionPlan, report: dict[str, Any]) -> artifacts.Manifest:
     """Write the ONNX folder with the plan beside it, and remove what the search kept."""
     parent = work.source.name
-    known = artifacts.read_manifest(parent) if (Path(parent) / artifacts.MANIFEST).is_file() else None
+    known = artifacts.manifest_of(parent)
     output = Path(str(work.order.output_dir))
     num_bytes: list[int] = []
 

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from yunque import runtime
 from yunque.errors import InputError
-from yunque.evaluation.generators import Answer, ReferenceLoss, peak_resident_bytes
+from yunque.evaluation.generators import Answer, ReferenceLoss, encode_references
 from yunque.evaluation.settings import Setting
 from yunque.models.adapter import TokenIds
 from yunque.models.arguments import ModelArguments
 from yunque.models.inference import model_bytes
 from yunque.models.loading import load_tokenizer
+from yunque.rl.statistics import peak_memory_bytes
 
 _GRAPHS = {".onnx", ".data", ".onnx_data"}
 
@@ -75,15 +77,15 @@ class OnnxGenerator:
     ) -> list[ReferenceLoss | None] | None:
         """Loss from the logits after every token, one reference at a time."""
         losses: list[ReferenceLoss | None] = []
-        for query, whole in zip(queries, self._encode(references), strict=True):
+        for query, whole in zip(queries, encode_references(self, references), strict=True):
             limit = self.prompt_limit(1)
             target = whole[: max(0, limit if self.is_encoder_decoder else limit + 1 - len(query))]
             if not target:
                 losses.append(None)
                 continue
-            losses.append(
-                ReferenceLoss(_nats(self.next_logits(query, target), target), len(target), len(whole) - len(target))
-            )
+            logits = torch.tensor(self.next_logits(query, target), dtype=torch.float64)
+            nats = cross_entropy(logits, torch.tensor(target), reduction="sum").item()
+            losses.append(ReferenceLoss(nats, len(target), len(whole) - len(target)))
         return losses
 
     @property
@@ -110,13 +112,7 @@ class OnnxGenerator:
 
     def peak_memory_bytes(self) -> int:
         """Of the process, in which an evaluation has imported torch as well."""
-        return peak_resident_bytes()
-
-    def _encode(self, references: Sequence[str]) -> list[list[int]]:
-        if self.is_encoder_decoder:
-            return list(self.tokenizer(text_target=list(references), verbose=False)["input_ids"])
-        ids = self.tokenizer(list(references), add_special_tokens=False, verbose=False)["input_ids"]
-        return [[*row, self.end_id] for row in ids]
+        return peak_memory_bytes(torch.device("cpu"))
 
 
 def is_onnx(folder: str) -> bool:
@@ -136,13 +132,6 @@ def is_onnx(folder: str) -> bool:
             " --optimum_layout"
         )
     return False
-
-
-def _nats(logits: np.ndarray, target: Sequence[int]) -> float:
-    rows = logits.astype(np.float64)
-    top = rows.max(axis=1)
-    normalizer = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))
-    return float((normalizer - rows[np.arange(len(target)), list(target)]).sum())
 
 
 def _sample_seed(seed: int, sample: int) -> int:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -72,11 +71,6 @@ def prepare(generator: Generator, args: HeldOutArguments, model: str, max_new_to
     return EvaluationPrompts(rows, list(columns["query"]), list(columns["input_ids"]), template, notes)
 
 
-def manifest_of(model: str) -> artifacts.Manifest | None:
-    """The manifest of a local model folder, if it has one."""
-    return artifacts.read_manifest(model) if (Path(model) / artifacts.MANIFEST).is_file() else None
-
-
 def _template(args: HeldOutArguments, model: str) -> tuple[str, bool, list[str]]:
     """The template, whether it goes into the chat template, and what was decided for the user."""
     known, config = _trained_prompt(model)
@@ -96,7 +90,7 @@ def _template(args: HeldOutArguments, model: str) -> tuple[str, bool, list[str]]
 
 def _trained_prompt(model: str) -> tuple[str | None, dict[str, Any]]:
     """Template and configuration of the nearest run on the model's road that had prompts."""
-    if manifest_of(model) is None:
+    if artifacts.manifest_of(model) is None:
         return None, {}
     for ancestor in artifacts.lineage(model):
         if ancestor.manifest is not None and "prompt_template" in ancestor.manifest.config:

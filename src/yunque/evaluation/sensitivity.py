@@ -14,7 +14,7 @@ from yunque.compression.schemes import LayerScheme
 from yunque.compression.sensitivity import Meter
 from yunque.compression.substitution import Target
 from yunque.evaluation.answers import FIRST_SAMPLE
-from yunque.evaluation.generators import TorchGenerator
+from yunque.evaluation.generators import TorchGenerator, encode_references
 from yunque.evaluation.judging import ToxicityJudge
 from yunque.evaluation.prompting import EvaluationPrompts
 from yunque.evaluation.scores import score_kind
@@ -125,7 +125,7 @@ def _references(generator: TorchGenerator, prompts: EvaluationPrompts) -> list[l
     limit = generator.prompt_limit(1)
     found: list[list[int]] = [[] for _ in prompts.input_ids]
     known = [row for row, texts in enumerate(prompts.rows.references) if texts]
-    encoded = generator.encode_references([prompts.rows.references[row][0] for row in known])
+    encoded = encode_references(generator, [prompts.rows.references[row][0] for row in known])
     for row, tokens in zip(known, encoded, strict=True):
         room = limit if generator.is_encoder_decoder else limit + 1 - len(prompts.input_ids[row])
         found[row] = tokens[: max(room, 0)]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from yunque.errors import run
-from yunque.evaluation.generators import load_generator
+from yunque.evaluation.loading import load_generator
 from yunque.evaluation.settings import Setting
 from yunque.models.arguments import GenerationArguments, ModelArguments
 from yunque.runtime.speed import Answer, measure, peak_memory_bytes, read_request

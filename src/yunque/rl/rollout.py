@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from yunque.models.adapter import ModelAdapter
 from yunque.models.arguments import GenerationArguments
-from yunque.models.decoding import decoder_for
+from yunque.models.decoders import decoder_for
 from yunque.models.merging import merged_adapters
 from yunque.models.policy import ValueHead, eval_mode
 

@@ -90,7 +90,9 @@ def test_import_is_cheap(module):
     assert not done.stdout.strip()
 
 
-@pytest.mark.parametrize("path", python_files("src", *RUNNABLE, "tests"), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", python_files("src", *RUNNABLE, "tests", "docs"), ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_files_and_functions_are_short(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= MAX_FILE_LINES

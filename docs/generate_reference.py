@@ -96,9 +96,10 @@ def _configurations() -> str:
     groups = dict.fromkeys(group for script in found for group in script.groups)
     return _page(
         "Configurations",
-        "Options of the recipes, the compress scripts and `yunque evaluate`. Each is a key of the `--config` YAML file\n"
-        "and an option `--name`; the command line wins over the file, the file over these defaults, and an unknown name\n"
-        "is an error. A switch is turned on by `--name` and off by `--name false`; a list takes several words.",
+        "Options of the recipes, the compress scripts and `yunque evaluate`. Each is a key of the `--config` YAML\n"
+        "file and an option `--name`. The command line wins over the file, the file over these defaults; an unknown\n"
+        "name is an error. A switch is turned on by `--name` and off by `--name false`;\n"
+        "a list takes several words.",
         "## Which script takes which",
         _table(
             ("script", "what it does", "options", "read when no model and no `--config` is named"),
@@ -192,7 +193,7 @@ def _commands(of: typer.Typer, name: str) -> Iterator[str]:
             links = [f"[{group.__name__}](configurations.md#{group.__name__.lower()})" for group in _evaluate().groups]
             yield f"`FOLDER` is `--model_name_or_path`. Options: {', '.join(links)}."
         elif full_name == "yunque serve":
-            yield "`FOLDER` or `NAME=FOLDER` of each model, then any of these, which a `--config` YAML file may set too."
+            yield "`FOLDER` or `NAME=FOLDER` of each model, then any of these, which a `--config` YAML may set too."
             yield _settings()
         else:
             yield _table(_HEAD, _parameters(command.callback))

@@ -14,6 +14,8 @@ RUN_BY = {
     "compress/to_onnx.py": "tests/export/test_folder.py",
     "make check-release": ".ci/release",
     "make demo": ".ci/run",
+    "make docs": "tests/docs/test_reference.py",
+    "make docs-run": "tests/run_documents.py",
     "make lint": ".ci/run",
     "make setup": ".ci/run",
     "make test": ".ci/run",

@@ -45,7 +45,7 @@ LEFT_OUT = {
     ),
     "the reader fills in the rest": (r"\.\.\.",),
     "a benchmark, whose page has the numbers and their date": (
-        r"python bench/(?!sensitivity\.py --write)",
+        r"python bench/(?!hacking_watch|sensitivity\.py --write)",
         r"^bash \.\./shared/peers",
     ),
     "ten minutes beside a server of the reader's": (r"--server_pid PID",),

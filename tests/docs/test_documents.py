@@ -11,6 +11,7 @@ from documents import PAGES, ROOT
 RUN_BY = {
     "bench/compare.py": "tests/bench",
     "bench/faults.py": "tests/distributed/test_faults.py",
+    "bench/hacking_watch.py": "tests/run_documents.py",
     "compress/to_onnx.py": "tests/export/test_folder.py",
     "make check-release": ".ci/release",
     "make demo": ".ci/run",

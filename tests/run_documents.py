@@ -2,7 +2,7 @@
 
     python tests/run_documents.py                                 # every page: about an hour of one core
     python tests/run_documents.py docs/quantization.md            # one page
-    python tests/run_documents.py --folder /tmp/scratch docs/quantization.md    # where an earlier run left off
+    python tests/run_documents.py --folder /tmp/scratch docs/tutorial.md --only rehearse    # after an earlier run there
 
 The tutorial goes first, and every other page begins with the outputs that the tutorial left. What ran is written into
 `documents_run.json` beside this file, and a fast test fails where a page has a command that is neither in there nor in
@@ -62,6 +62,7 @@ SHORTER = {
     r"compress/prune\.py": "--calibration_samples 8 --max_test_samples 8",
     r"--scheme mixed": "--max_search_samples 16 --max_verdict_samples 16 --sensitivity_prompts 8",
     r"compress/pipeline\.py(?!.*--status)": "--step finetune",
+    r"yunque matrix experiments.yaml": "--dry_run",  # twelve evaluations; the page's other matrix is run
     r"serve/loadtest\.py .*--rates": "--rates 2 --duration 3 --warmup 1",
 }
 """Patterns of long commands, and the options that are added to them."""
@@ -188,11 +189,11 @@ class Scratch:
             self.prepare("outputs/onnx_int8")
             self.serve("yunque serve outputs/onnx_int8")
 
-    def begin(self, page):
-        """Set the outputs back to those of the tutorial."""
+    def begin(self, *, empty):
+        """Set the outputs back to those of the tutorial, or to none."""
         outputs = self.tree / "outputs"
         shutil.rmtree(outputs, ignore_errors=True)
-        if page != TUTORIAL:
+        if not empty:
             shutil.copytree(self.kept, outputs)
 
     def end(self, page):
@@ -202,14 +203,16 @@ class Scratch:
             shutil.copytree(self.tree / "outputs", self.kept)
 
 
-def run_page(scratch, page, record):
-    """Run a page's commands; the number of those that failed. Of a page, the record keeps those that did not."""
-    todo = [command for command in commands(page) if reason(command) is None]
-    record.pop(page.name, None)
+def run_page(scratch, page, record, only):
+    """Run those commands of a page in which `only` is found; the number that failed. The record keeps what did not."""
+    wanted = [command for command in commands(page) if reason(command) is None]
+    todo = [command for command in wanted if re.search(only, command)]
+    former = record.pop(page.name, {})
+    record |= {page.name: {command: former[command] for command in wanted if command in former and command not in todo}}
     failed = 0
     if not todo:
         return failed
-    scratch.begin(page.name)
+    scratch.begin(empty=page.name == TUTORIAL and not only)
     for command in todo:
         began = time.monotonic()
         try:
@@ -219,7 +222,7 @@ def run_page(scratch, page, record):
             code, said = "none", str(error)
         seconds = round(time.monotonic() - began, 1)
         if code in allowed(command):
-            record.setdefault(page.name, {})[command] = {"date": str(datetime.date.today()), "seconds": seconds}
+            record[page.name][command] = {"date": str(datetime.date.today()), "seconds": seconds}
             print(f"ok {seconds} s: {page.name}: {shortened(command)}", flush=True)
         else:
             failed += 1
@@ -235,6 +238,7 @@ def in_order(pages):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", help="all when none is named")
+    parser.add_argument("--only", default="", metavar="REGEX", help="commands in which it is found")
     parser.add_argument("--folder", type=Path, help="keep the scratch copy here, and find the tutorial's outputs in it")
     args = parser.parse_args()
     pages = in_order(documents.read(path) for path in PAGES)
@@ -246,8 +250,8 @@ def main():
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     failed = 0
     for page in wanted:
-        failed += run_page(scratch, page, record)
-        record = {page.name: record[page.name] for page in pages if page.name in record}
+        failed += run_page(scratch, page, record, args.only)
+        record = {each.name: record[each.name] for each in pages if record.get(each.name)}
         RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if args.folder is None:
         shutil.rmtree(folder)

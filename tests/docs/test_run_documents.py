@@ -69,6 +69,53 @@ def test_commands_are_found_in_their_order(tmp_path):
     ]  # fmt: skip
 
 
+class Scripted:
+    """Stands in for the scratch copy: commands end with the given codes."""
+
+    def __init__(self, codes):
+        self.codes, self.ran, self.began_empty = codes, [], None
+
+    def begin(self, *, empty):
+        self.began_empty = empty
+
+    def prepare(self, command):
+        if command not in self.codes:
+            raise RuntimeError("no such fixture")
+
+    def run(self, command):
+        self.ran.append(command)
+        return self.codes[command], ""
+
+    def end(self, page):
+        pass
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    (tmp_path / "page.md").write_text("# A\n\n    yunque show A\n    yunque show B\n    yunque show C ...\n")
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    return documents.read(tmp_path / "page.md")
+
+
+def test_the_record_keeps_what_did_not_fail(page):
+    record = {"page.md": {"yunque show B": {}, "yunque show GONE": {}}, "other.md": {"make": {}}}
+    scratch = Scripted({"yunque show A": 0, "yunque show B": 2})
+    assert run_documents.run_page(scratch, page, record, "") == 1
+    assert scratch.ran == ["yunque show A", "yunque show B"]
+    assert record["page.md"].keys() == {"yunque show A"}
+    assert record["other.md"] == {"make": {}}
+
+
+def test_only_some_are_run_and_the_others_stay_on_record(page):
+    record = {"page.md": {"yunque show A": {"seconds": 7}}}
+    scratch = Scripted({"yunque show B": 0})
+    assert run_documents.run_page(scratch, page, record, "show B") == 0
+    assert record["page.md"]["yunque show A"] == {"seconds": 7}
+    assert record["page.md"].keys() == {"yunque show A", "yunque show B"}
+    assert run_documents.run_page(scratch, page, record, "show A") == 1  # its fixture cannot be made
+    assert record["page.md"].keys() == {"yunque show B"}
+
+
 def test_the_tutorial_goes_first():
     first, second, *_ = run_documents.in_order(pages)
     assert first.name == run_documents.TUTORIAL

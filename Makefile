@@ -1,5 +1,6 @@
 # make demo    the main job on the embedded data, on a fresh machine
 # make test    the tests
+# make docs    the reference pages, from the code; make docs-run runs the commands of all documents
 # Each target does all its own set-up, in .venv; a second call finds it current and does nothing.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow test-slurm lint check-release
+.PHONY: setup demo test test-slow test-slurm lint docs docs-run check-release
 
 setup: $(READY)
 
@@ -33,6 +34,12 @@ test-slurm: setup
 # Wheel, base install, lowest versions, vulnerabilities: needs a package index
 check-release: setup
 	PYTHON=$(PYTHON) .ci/release
+
+docs: setup
+	$(BIN)/python docs/generate_reference.py
+
+docs-run: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/run_documents.py
 
 lint: setup
 	$(BIN)/ruff check

@@ -91,7 +91,7 @@ def starts_command(word: str) -> bool:
 
 def lines_of(text: str) -> list[str]:
     """Lines of a block of commands, continued ones joined, without prompts."""
-    return [line.strip().removeprefix("$ ") for line in re.sub(r"\\\n", " ", text).splitlines() if line.strip()]
+    return [line.strip().removeprefix("$ ") for line in re.sub(r"\s*\\\n\s*", " ", text).splitlines() if line.strip()]
 
 
 def split(line: str) -> list[list[str]]:
@@ -125,6 +125,8 @@ def read(path: Path) -> Page:
             else:
                 (current := current if current is not None else []).append(line)
         elif marker:
+            if current is not None:  # an indented block ends here
+                blocks.append(Block("", "\n".join(current), start))
             fence, language, start, current = marker[1], marker[2], number + 1, []
         elif line.startswith("    ") and (current is not None or not former.strip()):
             if current is None:

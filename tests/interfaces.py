@@ -12,6 +12,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import generate_reference
 import pytest
 import typer
 import yaml
@@ -244,23 +245,13 @@ def _run(program, argv: list[str], *, elided: bool) -> None:
 @functools.cache
 def known_keys() -> frozenset[str]:
     """Options of all recipes, compress scripts and the server, which YAML files may set."""
-    found: set[str] = set()
-
-    def note(*groups, **options):
-        found.update(name for group in groups for name in group.__dataclass_fields__)
-        raise Parsed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arguments, "parse", note)
-        scripts = [*(ROOT / "recipes").glob("*.py"), *(ROOT / "compress").glob("*.py")]
-        for script in scripts:
-            if script.name == "pipeline.py":  # its file holds steps, whose options are those of the others
-                found.update(("steps", "variables"))
-                continue
-            with contextlib.suppress(Parsed):
-                runpy.run_path(str(script), run_name="__main__")
-        with contextlib.suppress(Parsed):
-            app(["evaluate", "FOLDER"], standalone_mode=False)
+    found = {
+        name
+        for script in generate_reference.scripts()
+        for group in script.groups
+        for name in group.__dataclass_fields__
+    }
+    found |= {"steps", "variables"}  # of a pipeline, whose steps have the options of the others
     return frozenset(found | settings.ServerSettings.model_fields.keys())
 
 

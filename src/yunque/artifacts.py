@@ -35,20 +35,20 @@ _RUN_ENTRIES = (CHECKPOINTS, LOG, "tensorboard")
 class Manifest:
     """What a model folder is, where it comes from and what it holds (the fields of ``yunque.json``)."""
 
-    schema: int = SCHEMA
-    stage: str
+    schema: int = SCHEMA  # raised when a reader of this one could not read it
+    stage: str  # what made it, such as finetune, ppo, prune
     created: str  # ISO 8601, UTC
     parents: list[dict[str, Any]]  # path (or hub id), manifest_sha256 or None
-    base_model: str | None
-    tokenizer_sha256: str | None
+    base_model: str | None  # where the chain of parents begins
+    tokenizer_sha256: str | None  # of tokenizer.json
     data: list[dict[str, Any]]  # name, split, rows, sha256
-    prompt_template: str | None
+    prompt_template: str | None  # what the model was trained on, {text} where the text goes
     seed: int | None
-    config: dict[str, Any]
-    versions: dict[str, str]
-    hardware: dict[str, Any]
-    git_commit: str | None
-    metrics: dict[str, Any]
+    config: dict[str, Any]  # every option of the run
+    versions: dict[str, str]  # Python, yunque and what it stands on
+    hardware: dict[str, Any]  # platform, processor, memory, GPUs, ranks
+    git_commit: str | None  # of yunque's checkout, with -dirty when changed
+    metrics: dict[str, Any]  # what the step measured
     files: dict[str, dict[str, Any]]  # name relative to the folder, "/" separated: bytes, sha256
 
 

@@ -3,6 +3,7 @@
 import json
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,33 @@ def test_without_comparison_one_rank_does_not_run(launches):
 def test_one_rank_takes_the_rows_of_all(profile, ranks, fold, launches):
     rehearse.rehearse(rehearse.Rehearsal(find_profile(profile), "recipes/finetune.py", ranks=ranks))
     assert launches[0]["fold"] == fold
+
+
+SCRIPT = """
+from yunque.arguments import parse
+from yunque.artifacts import check_output_dir, save_model_folder
+from yunque.distributed.arguments import RunArguments
+from yunque.errors import run
+
+def main():
+    (args,) = parse(RunArguments)
+    check_output_dir(args.output_dir, overwrite=False, resume=False)
+    save_model_folder(args.output_dir, lambda folder: None, stage="none", parents=[])
+
+run(main)
+"""
+
+
+@pytest.mark.distributed
+def test_a_rehearsal_leaves_the_script_s_own_folder_alone(tmp_path, monkeypatch):
+    for name, value in warm.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "executable", warm.python())
+    monkeypatch.chdir(tmp_path)  # the script's own folder is outputs/run
+    (tmp_path / "script.py").write_text(SCRIPT)
+    for options, left in ((["--seed", "1"], []), (["--output_dir", "kept"], ["kept"])):
+        rehearse.rehearse(rehearse.Rehearsal(find_profile("ddp"), "script.py", options, ranks=1))
+        assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == left
 
 
 @pytest.mark.distributed

@@ -11,9 +11,12 @@ from documents import PAGES, ROOT
 RUN_BY = {
     "bench/compare.py": "tests/bench",
     "bench/faults.py": "tests/distributed/test_faults.py",
+    "bench/hacking_watch.py": "tests/run_documents.py",
     "compress/to_onnx.py": "tests/export/test_folder.py",
     "make check-release": ".ci/release",
     "make demo": ".ci/run",
+    "make docs": "tests/docs/test_reference.py",
+    "make docs-run": "tests/run_documents.py",
     "make lint": ".ci/run",
     "make setup": ".ci/run",
     "make test": ".ci/run",

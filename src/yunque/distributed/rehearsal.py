@@ -26,6 +26,10 @@ FOLD = "YUNQUE_REHEARSAL_FOLD"
 """Variable with the number of ranks whose batches a rank takes on, itself included; 0 where nothing is compared."""
 
 
+OUTPUT = "YUNQUE_REHEARSAL_OUTPUT"
+"""Variable with the folder that the script writes into instead of its own."""
+
+
 def main() -> None:
     """Prepare the process group of this rank, then run the script named by the first argument as ``__main__``."""
     stand_in_for_gpus()
@@ -103,8 +107,7 @@ def _record(folder: Path, stack: ExitStack) -> None:
     fold = int(os.environ.get(FOLD, "0"))
     if fold:
         _drop_dropout()
-    if fold > 1:
-        _fold_batches(fold)
+    _fit_arguments(max(fold, 1), os.environ.get(OUTPUT))
     meter = Meter()
 
     def write() -> None:
@@ -130,20 +133,22 @@ def _drop_dropout() -> None:
     functional.scaled_dot_product_attention = without
 
 
-def _fold_batches(ranks: int) -> None:
-    """Let one rank take the rows of ``ranks``: batches counted per device become as many times larger."""
+def _fit_arguments(ranks: int, output: str | None) -> None:
+    """Let one rank take the rows of ``ranks`` (batches per device become as many times larger), and write elsewhere."""
     from yunque import arguments
 
     parse: Callable[..., tuple[Any, ...]] = arguments.parse
 
-    def folded(*groups: type, **options: Any) -> tuple[Any, ...]:
+    def fitted(*groups: type, **options: Any) -> tuple[Any, ...]:
         parsed = parse(*groups, **options)
         for group in parsed:
             if hasattr(group, "per_device_train_batch_size"):
                 group.per_device_train_batch_size *= ranks
+            if output and hasattr(group, "output_dir"):
+                group.output_dir = output
         return parsed
 
-    arguments.parse = folded
+    arguments.parse = fitted
 
 
 if __name__ == "__main__":

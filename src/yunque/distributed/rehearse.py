@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from yunque.distributed import rehearsal
 from yunque.errors import EXIT_BAD_INPUT, EXIT_TRY_AGAIN, InputError, Stopped
 
 _log = logging.getLogger(__name__)
@@ -94,7 +95,9 @@ class Report:
 
 
 def rehearse(wanted: Rehearsal, *, compare: bool = True) -> Report:
-    """Run the script on one rank, unless not ``compare``, and on all; each writes into a folder of its own.
+    """Run the script on one rank, unless not ``compare``, and on all.
+
+    Each run writes into a folder that goes away with it; that of all ranks is kept where ``--output_dir`` is given.
 
     Raises:
         InputError: more ranks than memory allows.
@@ -164,18 +167,14 @@ def _launch(wanted: Rehearsal, folder: Path, *, ranks: int, nodes: int, fold: in
     port = free_port(wanted.port)
     if wanted.port not in (0, port):
         _log.warning("port %d is in use; taking %d", wanted.port, port)
-    environment = os.environ | {"YUNQUE_REHEARSAL": str(folder), "YUNQUE_REHEARSAL_FOLD": str(fold)}
+    environment = os.environ | {rehearsal.RECORDS: str(folder), rehearsal.FOLD: str(fold)}
+    if folder.name != "all" or not any(part.split("=")[0] == "--output_dir" for part in wanted.arguments):
+        environment[rehearsal.OUTPUT] = str(folder / "out")
     environment.setdefault("OMP_NUM_THREADS", "1")
     options = ["--config_file", str(wanted.profile), *wanted.launch_options, *_sizes(wanted, ranks)]
     options += ["--num_processes", str(ranks), "--num_machines", str(nodes), "--main_process_port", str(port)]
     options += ["--main_process_ip", "127.0.0.1"] if nodes > 1 else []
-    script = [
-        "-m",
-        "yunque.distributed.rehearsal",
-        wanted.script,
-        *wanted.arguments,
-        *_own_output_dir(wanted.arguments, folder),
-    ]
+    script = ["-m", rehearsal.__name__, wanted.script, *wanted.arguments]
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "yunque.distributed.launch", *options, "--machine_rank", str(node), *script],
@@ -189,13 +188,6 @@ def _launch(wanted: Rehearsal, folder: Path, *, ranks: int, nodes: int, fold: in
     if any(codes):
         raise SystemExit(EXIT_BAD_INPUT if EXIT_BAD_INPUT in codes else 1)
     return [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
-
-
-def _own_output_dir(arguments: Sequence[str], folder: Path) -> list[str]:
-    """Let every run of the script write into a folder of its own; the last one keeps the user's."""
-    if folder.name == "all" or not any(part.split("=")[0] == "--output_dir" for part in arguments):
-        return []
-    return ["--output_dir", str(folder / "out")]
 
 
 def _sizes(wanted: Rehearsal, ranks: int) -> list[str]:

@@ -24,12 +24,14 @@ from yunque.artifacts import sha256_file
 NOTHING_TO_DO = "nothing to do: every step is done"
 LIMIT_S = 10.0
 KEYS_LEFT_OUT = {
-    *("created", "seconds", "ready_s", "answered_s"),  # times
-    "speed",  # an evaluation's times, throughput and memory
+    *("created", "seconds", "ready_s", "answered_s", "train_wall_s", "train_cpu_s", "train_runtime"),  # times
+    *("train_samples_per_second", "train_steps_per_second", "samples_per_s"),  # throughput
+    "peak_memory_bytes",
+    "speed",  # all three, of an evaluation
     *("manifest_sha256", "identity"),  # hashes of files with times
     "git_commit",  # the checkout may change while the runs last
 }
-"""Of JSON objects, with all below them."""
+"""Of JSON objects, with all below them; and the keys of a log that begin with time/."""
 FILES_LEFT_OUT = {".steps", "checkpoints", "report.html"}
 """Records of starts, what an unfinished step goes on from, and pages that show the same numbers beside times."""
 
@@ -39,7 +41,7 @@ def main() -> int:
     parser.add_argument("--config", default="compress/configs/pipeline_embedded.yaml", metavar="FILE")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/reproducible"))
     options = parser.parse_args()
-    runs = [options.output_dir.absolute() / name for name in ("first", "second")]
+    runs = [options.output_dir / name for name in ("first", "second")]
     for run in runs:
         walk(options.config, run)
     begin = time.monotonic()
@@ -87,7 +89,8 @@ def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     """The values of nested JSON with their places in it."""
     if isinstance(value, dict):
         for key in value.keys() - KEYS_LEFT_OUT:
-            yield from leaves(value[key], f"{place}.{key}")
+            if not key.startswith("time/"):
+                yield from leaves(value[key], f"{place}.{key}")
     elif isinstance(value, list):
         for number, entry in enumerate(value):
             yield from leaves(entry, f"{place}[{number}]")

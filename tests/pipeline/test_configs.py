@@ -18,7 +18,7 @@ CONFIGS = sorted((runs.ROOT / "compress" / "configs").glob("pipeline_*.yaml"))
 def test_every_step_is_accepted_by_its_script(config, monkeypatch):
     monkeypatch.chdir(runs.ROOT)
     pipeline = read_pipeline(config.relative_to(runs.ROOT))
-    assert pipeline.steps[-1].run == "serve/smoke.py"
+    assert "serve/smoke.py" in [step.run for step in pipeline.steps]
     gates = []
     for step in pipeline.steps:
         command = command_of(pipeline, step, "new")

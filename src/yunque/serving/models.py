@@ -179,9 +179,8 @@ class Registry:
 
     def _open(self, name: str, folder: Path) -> Served:
         """A model, loaded and warm."""
-        alone = len(self.folders) == 1
         threads = self.engine_settings.threads or machine.cores()
-        model = load(folder, threads=threads, spin=alone)
+        model = load(folder, threads=threads, spin=False)  # the cores are wanted by those who answer
         metrics = EngineMetrics(self.metrics, name)
         engine: Engine | ClassifierEngine
         if isinstance(model, Classifier):

@@ -6,30 +6,12 @@ import time
 from dataclasses import replace
 
 import pytest
+from engines import ENDLESS, answers, collect, value
 
 from yunque.errors import InputError
 from yunque.runtime import Batch, GenerationOptions
 from yunque.runtime.rows import Rows
 from yunque.serving.requests import Draining, EngineFailed, QueueFull, Request
-
-ENDLESS = GenerationOptions(max_new_tokens=40, eos_token_ids=())
-
-
-async def collect(stream):
-    """Texts, tokens and reasons by index, and all events."""
-    events = [event async for event in stream]
-    return [
-        (
-            "".join(event.text for event in events if event.index == index),
-            [token for event in events if event.index == index for token in event.tokens],
-            [event.finish_reason for event in events if event.index == index and event.finish_reason],
-        )
-        for index in range(stream.request.n)
-    ], events
-
-
-def value(engine, name, **labels):
-    return engine.metrics.all.registry.get_sample_value(f"yunque_{name}", {"model": engine.metrics.model} | labels)
 
 
 def mixed_options(rng, count):
@@ -76,15 +58,10 @@ def test_a_request_for_several_texts_gets_them_by_seed(engine, exported, prompts
     made = exported("t5").runtime
     row = made.encode(prompts[:1])[0]
     option = GenerationOptions(max_new_tokens=12, do_sample=True, temperature=2.0, seed=7, eos_token_ids=())
-    texts, _ = asyncio.run(_ask(engine("t5", max_rows=2), Request(prompt=row, options=option, n=3)))
+    texts, _ = asyncio.run(answers(engine("t5", max_rows=2), Request(prompt=row, options=option, n=3)))
     alone = [made.generate([row], replace(option, seed=seed))[0].tokens for seed in (7, 8, 9)]
     assert [tokens for _, tokens, _ in texts] == alone
     assert len({tuple(tokens) for tokens in alone}) == 3
-
-
-async def _ask(engine, *requests):
-    """The first request's texts and events when all are done."""
-    return (await asyncio.gather(*(collect(engine.submit(request)) for request in requests)))[0]
 
 
 def test_stop_strings_are_never_shown(engine, exported, prompts):
@@ -96,7 +73,7 @@ def test_stop_strings_are_never_shown(engine, exported, prompts):
     end = free.text.index(stop)
     option = replace(ENDLESS, stop=("never", stop))
     served = engine("llama", max_rows=2)
-    texts, events = asyncio.run(_ask(served, Request(prompt=row, options=option)))
+    texts, events = asyncio.run(answers(served, Request(prompt=row, options=option)))
     assert texts == [(free.text[:end], free.tokens[:7], ["stop"])]
     shown = ""
     for event in events:
@@ -190,7 +167,7 @@ def test_a_full_queue_refuses_with_the_seconds_to_wait(engine, exported, prompts
     assert asyncio.run(run()) == [["length"]] * 3
     assert value(served, "refused_total", reason="queue_full") == 1
     with pytest.raises(InputError, match="n: 3"):
-        asyncio.run(_ask(served, replace(request, n=3)))
+        asyncio.run(answers(served, replace(request, n=3)))
 
 
 def test_draining_finishes_what_was_accepted(engine, exported, prompts, gate):
@@ -274,8 +251,9 @@ def test_a_prompt_that_cannot_be_read_fails_alone(engine, exported, prompts, mon
     assert [tokens for _, tokens, _ in answers] == [answer.tokens for answer in alone]
 
 
-def test_prompts_are_read_in_groups_of_similar_length(engine, monkeypatch):
-    served = engine("llama", max_rows=12, prefill_tokens=96)
+@pytest.mark.parametrize(("name", "longest"), [("llama", 95), ("t5", 130)])
+def test_prompts_are_read_in_groups_of_similar_length(engine, monkeypatch, name, longest):
+    served = engine(name, max_rows=12, prefill_tokens=96)
     groups, add = [], Batch.add
 
     def note(self, requests, prompts, options):
@@ -283,7 +261,7 @@ def test_prompts_are_read_in_groups_of_similar_length(engine, monkeypatch):
         add(self, requests, prompts, options)
 
     monkeypatch.setattr(Batch, "add", note)
-    lengths = [5, 100, 6, 40, 7, 44, 90, 4, 50, 8]
+    lengths = [5, longest, 6, 40, 7, 44, 90, 4, 50, 8]
 
     async def run():
         requests = [Request(prompt=[3] * length, options=ENDLESS, client=str(length)) for length in lengths]
@@ -324,7 +302,7 @@ def test_caches_stay_within_the_budget(engine, exported, prompts):
     for row, new, tokens in zip(ids, lengths, answers, strict=True):
         assert tokens == made.generate([row], replace(ENDLESS, max_new_tokens=new))[0].tokens
     with pytest.raises(InputError, match="max_tokens"):
-        asyncio.run(_ask(served, Request(prompt=[3] * 100, options=replace(ENDLESS, max_new_tokens=200))))
+        asyncio.run(answers(served, Request(prompt=[3] * 100, options=replace(ENDLESS, max_new_tokens=200))))
 
 
 def test_a_budget_that_holds_no_text_is_refused(engine):
@@ -342,7 +320,7 @@ def test_impossible_requests_are_refused(engine):
         ([3], GenerationOptions(num_beams=2), "num_beams"),
     ):
         with pytest.raises(InputError, match=message):
-            asyncio.run(_ask(served, Request(prompt=prompt, options=options)))
+            asyncio.run(answers(served, Request(prompt=prompt, options=options)))
 
 
 def test_closing_ends_what_is_unfinished(engine, exported, prompts, gate):

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from yunque.errors import InputError
 from yunque.runtime.models import Classifier
 from yunque.serving.engine_settings import ClassifierSettings
-from yunque.serving.fair_queue import FairQueue
 from yunque.serving.metrics import EngineMetrics
-from yunque.serving.requests import DeadlinePassed, Draining, EngineFailed, QueueFull
+from yunque.serving.requests import DeadlinePassed, Draining, EngineFailed
+from yunque.serving.worker import Outbox, Worker
 
 _SIMILAR_TOKENS = 32  # texts are scored with others whose length is in the same step of so many tokens, or near it
 
@@ -32,18 +32,14 @@ class _Text:
     given_up: bool = False
 
 
-class ClassifierEngine:
-    """Scores texts of many requests at once; ``start``, ``drain`` and ``close`` as ``Engine``'s."""
+class ClassifierEngine(Worker[_Text]):
+    """Scores texts of many requests at once; ``start`` and ``close`` as ``Engine``'s."""
 
     def __init__(self, model: Classifier, settings: ClassifierSettings, metrics: EngineMetrics) -> None:
+        super().__init__(metrics, settings.max_queued)
         self.model = model
         self.settings = settings
-        self.metrics = metrics
-        self._changed = threading.Condition()
-        self._queue: FairQueue[_Text] = FairQueue()
         self._running = 0
-        self._is_draining = self._is_closed = False
-        self._thread: threading.Thread | None = None
         self._text_s = 0.0  # of one text, lately
 
     @property
@@ -51,23 +47,12 @@ class ClassifierEngine:
         """Texts being scored."""
         return self._running
 
-    @property
-    def queued(self) -> int:
-        """Texts that wait."""
-        return len(self._queue)
-
-    @property
-    def healthy(self) -> bool:
-        """Whether it works."""
-        return self._thread is not None and self._thread.is_alive()
-
     def start(self) -> None:
         """Warm up, one text and the largest batch, and begin to work."""
         for count in (1, self.settings.max_batch):
             self.model.classify([[3] * 16] * count)
         self.metrics.max_rows.set(self.settings.max_batch)
-        self._thread = threading.Thread(target=self._work, name=f"engine-{self.metrics.model}", daemon=True)
-        self._thread.start()
+        self._begin()
 
     async def classify(
         self, texts: Sequence[str], *, client: str = "", deadline_s: float | None = None
@@ -89,7 +74,7 @@ class ClassifierEngine:
             _Text(tokens, loop.create_future(), loop, now, now + seconds if seconds else math.inf)
             for tokens in self._encoded(texts)
         ]
-        self._push(client, waiting)
+        self._push(self._queue, client, waiting)
         try:
             return list(await asyncio.gather(*(text.future for text in waiting)))
         finally:
@@ -99,44 +84,12 @@ class ClassifierEngine:
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
         return self.model.tokenizer.encode_truncated(list(texts), self.model.spec.max_positions or 1 << 30)
 
-    def _push(self, client: str, waiting: list[_Text]) -> None:
-        with self._changed:
-            if self._is_draining:
-                self.metrics.refused(Draining.reason)
-                raise Draining()
-            queued = len(self._queue) + len(waiting)
-            if queued > self.settings.max_queued:
-                self.metrics.refused(QueueFull.reason)
-                raise QueueFull(min(60, max(1, math.ceil(queued * self._text_s))))
-            for text in waiting:
-                self._queue.push(client, text)
-            self.metrics.queued.set(len(self._queue))
-            self._changed.notify_all()
-
-    # --- the end ------------------------------------------------------------------------------------------------------
-
-    def drain(self, timeout_s: float) -> bool:
-        """Take nothing new, wait until all that was accepted is finished; False when time ran out (blocking)."""
-        with self._changed:
-            self._is_draining = True
-            self._changed.notify_all()
-            return self._changed.wait_for(self._is_idle, timeout_s)
-
-    def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until nothing runs or waits, while new texts are taken."""
-        with self._changed:
-            return self._changed.wait_for(self._is_idle, timeout_s)
-
-    def _is_idle(self) -> bool:
-        return not self._queue and not self._running
+    def _seconds_for(self, texts: int) -> int:
+        return min(60, max(1, math.ceil(texts * self._text_s)))
 
     def close(self) -> None:
         """Stop after the batch at hand; what waits ends with ``Draining``."""
-        with self._changed:
-            self._is_draining = self._is_closed = True
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        self._stop()
         with self._changed:
             left = self._queue.remove(lambda text: True)
         _settle([(text, Draining()) for text in left])
@@ -212,21 +165,16 @@ class ClassifierEngine:
 
 def _settle(results: list[tuple[_Text, dict[str, float] | Exception]]) -> None:
     """Put results where they are waited for."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Text, dict[str, float] | Exception]]] = {}
+    outbox = Outbox()
     for text, result in results:
-        by_loop.setdefault(text.loop, []).append((text, result))
-    for loop, some in by_loop.items():
-        try:
-            loop.call_soon_threadsafe(_settle_here, some)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            log.debug("results for a closed event loop")
+        outbox.put(text.loop, partial(_settle_here, text, result))
+    outbox.send()
 
 
-def _settle_here(results: list[tuple[_Text, dict[str, float] | Exception]]) -> None:
-    for text, result in results:
-        if text.future.done():
-            continue
-        if isinstance(result, Exception):
-            text.future.set_exception(result)
-        else:
-            text.future.set_result(result)
+def _settle_here(text: _Text, result: dict[str, float] | Exception) -> None:
+    if text.future.done():
+        return
+    if isinstance(result, Exception):
+        text.future.set_exception(result)
+    else:
+        text.future.set_result(result)

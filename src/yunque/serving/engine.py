@@ -2,79 +2,76 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import math
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from yunque.errors import InputError
-from yunque.runtime.batch import Batch, Step, new_tokens
+from yunque.runtime.batch import Batch, Step, new_tokens, sizes
 from yunque.runtime.models import CausalModel, Seq2SeqModel
+from yunque.runtime.pieces import PromptReader
 from yunque.serving.engine_settings import EngineSettings
 from yunque.serving.fair_queue import FairQueue
 from yunque.serving.metrics import EngineMetrics
-from yunque.serving.requests import (
-    Draining,
-    EngineFailed,
-    Event,
-    FinishReason,
-    QueueFull,
-    Request,
-    Stream,
-)
+from yunque.serving.rates import Rates
+from yunque.serving.requests import EngineFailed, Event, FinishReason, Refused, Request, Stream
 from yunque.serving.row_text import RowText
 from yunque.serving.warm_up import Capacity, measure
+from yunque.serving.worker import Outbox, Worker
 
 _MOST_FAILURES = 5  # one after the other, then the engine gives up
 _SIMILAR = 2  # prompts read together: the longest is at most so many times the shortest
-_RATE_S = 2.0  # over which rates are measured
 
 log = logging.getLogger("yunque.serving")
 
 
-class Engine:
+class Engine(Worker[RowText]):
     """Makes texts for many requests at once. ``submit`` from an event loop; everything else from any thread.
 
     Greedy texts are to the last bit those of ``model.generate`` for the prompt alone, whatever runs beside them, for
     float32 and int8 graphs (see ``yunque.runtime.rows.LANES``); 8- and 4-bit blocks differ in the last bits.
+
+    What a new text waits for is bounded: one step of the running texts, then prompts of about
+    ``capacity.prefill_tokens`` tokens, its own among them; its first token leaves before the next step. Longer prompts
+    of decoder-only models are read in pieces, between the steps of the others.
     """
 
     def __init__(self, model: Seq2SeqModel | CausalModel, settings: EngineSettings, metrics: EngineMetrics) -> None:
+        super().__init__(metrics, settings.max_queued)
         self.model = model
         self.settings = settings
-        self.metrics = metrics
         self.capacity: Capacity | None = None
-        self._changed = threading.Condition()
-        self._queue: FairQueue[RowText] = FairQueue()
+        self._long: FairQueue[RowText] = FairQueue()  # wait to be read in pieces
+        self._reading: list[RowText] = []  # texts of the one prompt that is being read so; their places are kept
+        self._reader: PromptReader | None = None
+        self._joining: list[RowText] = []  # prompts that are being read at once
         self._rows: dict[int, RowText] = {}  # in the batch, by number
         self._numbers = itertools.count()
         self._batch: Batch | None = None
-        self._thread: threading.Thread | None = None
-        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Event]]] = {}
-        self._is_draining = self._is_closed = False
+        self._outbox = Outbox()
         self._failed = ""
         self._failures = 0
-        self._rates = _Rates()
+        self._rates = Rates()
 
     @property
     def running(self) -> int:
-        """Texts in the batch."""
-        return len(self._rows)
+        """Texts in the batch, or about to join it."""
+        return len(self._rows) + len(self._joining) + len(self._reading)
 
     @property
     def queued(self) -> int:
         """Texts that wait."""
-        return len(self._queue)
+        return len(self._queue) + len(self._long)
 
     @property
     def healthy(self) -> bool:
         """Whether it works: started, and not given up after failing time and again."""
-        return self._thread is not None and self._thread.is_alive() and not self._failed
+        return super().healthy and not self._failed
 
     def start(self) -> None:
         """Measure, warm up and begin to work; returns when ready.
@@ -86,8 +83,7 @@ class Engine:
         self.metrics.max_rows.set(self.capacity.max_rows)
         self.metrics.budget_bytes.set(self.capacity.cache_bytes)
         self._renew()
-        self._thread = threading.Thread(target=self._work, name=f"engine-{self.metrics.model}", daemon=True)
-        self._thread.start()
+        self._begin()
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -109,21 +105,19 @@ class Engine:
             RowText(stream, index, self._row_options(request, index), limit, now, deadline, self.model)
             for index in range(request.n)
         ]
-        with self._changed:
-            if self._is_draining or self._is_closed:
-                self.metrics.refused(Draining.reason)
-                raise Draining()
-            if self._failed:
-                self.metrics.refused(EngineFailed.reason)
-                raise EngineFailed(self._failed)
-            if len(self._queue) + request.n > self.settings.max_queued:
-                self.metrics.refused(QueueFull.reason)
-                raise QueueFull(self._rates.seconds_for(len(self._queue) + request.n))
-            for row in rows:
-                self._queue.push(request.client, row)
-            self.metrics.queued.set(len(self._queue))
-            self._changed.notify_all()
+        self._push(self._long if self._is_long(request.prompt) else self._queue, request.client, rows)
         return stream
+
+    def _refusal(self, queued: int) -> Refused | None:
+        return EngineFailed(self._failed) if self._failed else super()._refusal(queued)
+
+    def _seconds_for(self, texts: int) -> int:
+        return self._rates.seconds_for(texts)
+
+    def _is_long(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt is read in pieces."""
+        assert self.capacity is not None
+        return self.model.spec.kind == "causal" and len(prompt) > self.capacity.prefill_tokens
 
     def _check(self, request: Request) -> int:
         """The number of new tokens that the request may get."""
@@ -136,7 +130,10 @@ class Engine:
             raise InputError(f"n: {request.n} is not possible; give 1 to {self.settings.max_queued}")
         if min(prompt) < 0 or max(prompt) >= self.model.spec.vocab_size:
             raise InputError(f"prompt: token ids go from 0 to {self.model.spec.vocab_size - 1}")
-        needed = self.model.new_rows().bytes_for(1, len(prompt) + limit, len(prompt))
+        rows = self.model.new_rows()
+        needed = rows.bytes_for(1, *sizes(self.model.spec, prompt, limit))
+        if self._is_long(prompt):
+            needed += rows.bytes_for(1, len(prompt), 0)
         if needed > self.capacity.cache_bytes:
             raise InputError(
                 f"max_tokens: a prompt of {len(prompt)} tokens with {limit} new ones takes {needed} bytes of cache, "
@@ -149,29 +146,9 @@ class Engine:
         seed = (request.options.seed + index) % (1 << 64)
         return replace(request.options, stop=(), seed=seed)
 
-    # --- the end ------------------------------------------------------------------------------------------------------
-
-    def drain(self, timeout_s: float) -> bool:
-        """Take nothing new, wait until all that was accepted is finished; False when time ran out (blocking)."""
-        with self._changed:
-            self._is_draining = True
-            return self._changed.wait_for(self._is_idle, timeout_s)
-
-    def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until nothing runs or waits, while new requests are taken."""
-        with self._changed:
-            return self._changed.wait_for(self._is_idle, timeout_s)
-
-    def _is_idle(self) -> bool:
-        return not self._queue and not self._rows
-
     def close(self) -> None:
         """Stop at once: what is unfinished ends with ``cancelled``."""
-        with self._changed:
-            self._is_draining = self._is_closed = True
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        self._stop()
         self._end_all("cancelled")
         self._batch = None
 
@@ -188,10 +165,10 @@ class Engine:
                 self._failures = 0
             except Exception as error:
                 self._recover(error)
-            self._send()
+            self._outbox.send()
             with self._changed:
-                self.metrics.queued.set(len(self._queue))
-                self.metrics.running.set(len(self._rows))
+                self.metrics.queued.set(self.queued)
+                self.metrics.running.set(self.running)
                 self._changed.notify_all()
 
     def _round(self) -> None:
@@ -216,8 +193,11 @@ class Engine:
         self.metrics.restarts.inc()
         self._failures += 1
         message = f"the model failed: {type(error).__name__}"
-        for number in list(self._rows):
-            self._end(self._rows.pop(number), "error", message)
+        failed = [*self._rows.values(), *self._joining]
+        self._rows.clear()
+        self._forget(self._joining)
+        for row in failed:
+            self._end(row, "error", message)
         self._renew()
         if self._failures >= _MOST_FAILURES:
             self._failed = message
@@ -243,8 +223,11 @@ class Engine:
         """Drop what was given up or is too late, waiting or running."""
         now = time.perf_counter()
         with self._changed:
-            for row in self._queue.remove(lambda row: row.is_over(now)):
-                self._end(row, row.why_over)
+            late = [row for queue in (self._queue, self._long) for row in queue.remove(lambda row: row.is_over(now))]
+        late += [row for row in self._reading if row.is_over(now)]
+        self._forget(late)
+        for row in late:
+            self._end(row, row.why_over)
         gone = [number for number, row in self._rows.items() if row.is_over(now)]
         for number in gone:
             self._end(self._rows[number], self._rows[number].why_over)
@@ -265,11 +248,13 @@ class Engine:
 
     def _end_all(self, reason: FinishReason, error: str | None = None) -> None:
         with self._changed:
-            rows = [*self._rows.values(), *self._queue.remove(lambda row: True)]
+            waiting = [row for queue in (self._queue, self._long) for row in queue.remove(lambda row: True)]
+            rows = [*self._rows.values(), *self._reading, *waiting]
             self._rows.clear()
+            self._forget(self._reading)
         for row in rows:
             self._end(row, reason, error)
-        self._send()
+        self._outbox.send()
 
     def _count_end(self, row: RowText, reason: FinishReason) -> None:
         now = time.perf_counter()
@@ -280,21 +265,29 @@ class Engine:
     # --- joining ------------------------------------------------------------------------------------------------------
 
     def _join(self) -> None:
-        """Read prompts of those whose turn it is, as many tokens as the running texts may wait for."""
+        """Read prompts of those whose turn it is, about as many tokens as the running texts may wait for.
+
+        A long prompt that does not fit yet holds all others back: otherwise it would wait for ever.
+        """
         assert self.capacity is not None
-        assert self._batch is not None
-        left = self.capacity.prefill_tokens
-        while True:
-            free = self.capacity.max_rows - len(self._rows)
-            if free <= 0 or left <= 0:
-                return
-            with self._changed:
-                goes_with = self._goes_with(left, first=left == self.capacity.prefill_tokens)
-                group = self._queue.take(free, goes_with)
-            if not group:
-                return
-            left -= len(group) * max(len(row.prompt) for row in group)
-            self._read(group)
+        if self._long and not self._reading and not self._begin_reading():
+            return
+        left = most = self.capacity.prefill_tokens
+        while left > 0 and self._take(left, first=left == most):
+            left -= _tokens(self._joining)
+            self._read(self._joining)
+        if self._reader is not None:
+            self._read_piece(self._reader, max(left, most // 2))
+
+    def _take(self, tokens: int, *, first: bool) -> bool:
+        """Let those that are read next leave the queue; whether there are any."""
+        with self._changed:
+            self._joining = self._queue.take(self._free(), self._goes_with(tokens, first=first))
+        return bool(self._joining)
+
+    def _free(self) -> int:
+        assert self.capacity is not None
+        return max(0, self.capacity.max_rows - self.running)
 
     def _goes_with(self, tokens: int, *, first: bool) -> Callable[[list[RowText], RowText], bool]:
         """Whether an item may be read together with a group: similar length, few enough tokens, and it fits.
@@ -306,24 +299,26 @@ class Engine:
             lengths = [len(other.prompt) for other in (*group, row)]
             if group and max(lengths) > _SIMILAR * max(min(lengths), 16):
                 return False
-            if len(lengths) * max(lengths) > tokens and (group or not first):
+            if _tokens([*group, row]) > tokens and (group or not first):
                 return False
             return self._fits([*group, row])
 
         return goes_with
 
-    def _fits(self, joining: list[RowText]) -> bool:
-        """Whether the buffers hold these too; shrinks buffers that are larger than their rows need."""
+    def _fits(self, joining: Sequence[RowText]) -> bool:
+        """Whether the buffers hold these too, beside those being read; shrinks buffers larger than their rows need."""
         assert self.capacity is not None
         assert self._batch is not None
-        rows, most = self._batch.rows, self.capacity.cache_bytes
+        rows, joining = self._batch.rows, [*joining, *self._reading]
+        in_pieces = max((len(row.prompt) for row in joining if self._is_long(row.prompt)), default=0)
+        most = self.capacity.cache_bytes - (rows.bytes_for(1, in_pieces, 0) if in_pieces else 0)
         room = max(row.room for row in joining)
-        source = max(len(row.prompt) for row in joining)
+        source = max(row.source for row in joining)
         if rows.bytes_for(*rows.sizes_after(rows.count + len(joining), room, source)) <= most:
             return True
         running = self._rows.values()
         room = max([room, *(row.room for row in running)])
-        source = max([source, *(len(row.prompt) for row in running)])
+        source = max([source, *(row.source for row in running)])
         if rows.bytes_for(rows.count + len(joining), room, source) > most:
             return False
         rows.fit(room, source)
@@ -342,15 +337,63 @@ class Engine:
             if len(group) > 1:
                 for row in group:
                     self._read([row])
-                return
-            log.exception("a prompt could not be read")
-            self._end(group[0], "error", f"the model failed at the prompt: {type(error).__name__}")
+            else:
+                self._end_unread(group, error)
             return
+        self._joined(numbers, group, now)
+
+    def _begin_reading(self) -> bool:
+        """Keep places for the texts of the next long prompt; whether there are."""
+        with self._changed:
+            self._reading = self._long.take(
+                self._free(),
+                lambda group, row: all(other.stream is row.stream for other in group) and self._fits([*group, row]),
+            )
+        if self._reading:
+            rows, prompt = self.model.new_rows(), self._reading[0].prompt
+            self._reader = PromptReader(rows, prompt, self.model.spec.max_positions)
+        return bool(self._reading)
+
+    def _read_piece(self, reader: PromptReader, tokens: int) -> None:
+        """Read on in the long prompt; its texts join when it is read."""
+        assert self._batch is not None
+        group, numbers = list(self._reading), [next(self._numbers) for _ in self._reading]
+        try:
+            if reader.left:
+                reader.read(tokens)
+            if reader.left or not self._fits([]):
+                return
+            now = time.perf_counter()
+            self._batch.join(numbers, reader, [row.options for row in group])
+        except Exception as error:
+            self._end_unread(group, error)
+            return
+        self._joined(numbers, group, now)
+
+    def _forget(self, group: Sequence[RowText]) -> None:
+        """Texts that are not about to join any more."""
+        self._joining = [row for row in self._joining if row not in group]
+        self._reading = [row for row in self._reading if row not in group]
+        if not self._reading:
+            self._reader = None
+
+    def _end_unread(self, group: list[RowText], error: Exception) -> None:
+        log.exception("a prompt could not be read")
+        self._forget(group)
+        for row in group:
+            self._end(row, "error", f"the model failed at the prompt: {type(error).__name__}")
+
+    def _joined(self, numbers: list[int], group: list[RowText], now: float) -> None:
+        """Count those that have joined, and hand out their first tokens."""
+        assert self._batch is not None
         for number, row in zip(numbers, group, strict=True):
             self._rows[number] = row
             self.metrics.queue_s.observe(now - row.arrived)
             self.metrics.prompt_tokens.inc(len(row.prompt))
+        self._forget(group)
         self.metrics.cache_bytes.set(self._batch.rows.bytes_for(*self._batch.rows.capacity))
+        self._hand_out(self._batch.step(), time.perf_counter())
+        self._outbox.send()
 
     # --- handing out --------------------------------------------------------------------------------------------------
 
@@ -382,52 +425,9 @@ class Engine:
             self.metrics.tokens_per_s.set(rate)
 
     def _post(self, stream: Stream, event: Event) -> None:
-        self._outbox.setdefault(stream.loop, []).append((stream, event))
-
-    def _send(self) -> None:
-        """Wake every event loop once with all its events."""
-        outbox, self._outbox = self._outbox, {}
-        for loop, events in outbox.items():
-            try:
-                loop.call_soon_threadsafe(_deliver, events)
-            except RuntimeError:  # the loop is closed: nobody waits any more
-                log.debug("events for a closed event loop")
+        self._outbox.put(stream.loop, partial(stream.deliver, event))
 
 
-def _deliver(events: list[tuple[Stream, Event]]) -> None:
-    for stream, event in events:
-        stream.deliver(event)
-
-
-class _Rates:
-    """Tokens and finished texts a second, over the last seconds with work."""
-
-    def __init__(self) -> None:
-        self._since = 0.0
-        self._last = 0.0
-        self._tokens = self._ends = 0
-        self._ends_s = 0.0
-
-    def made(self, tokens: int, now: float) -> float | None:
-        """Count tokens; the rate, when a while has passed."""
-        if now - self._last > 1:  # there was nothing to do
-            self._since, self._tokens, self._ends = now, 0, 0
-        self._last = now
-        self._tokens += tokens
-        passed = now - self._since
-        if passed < _RATE_S:
-            return None
-        rate, self._ends_s = self._tokens / passed, self._ends / passed
-        self._since, self._tokens, self._ends = now, 0, 0
-        return rate
-
-    def ended(self, now: float) -> None:
-        """Count a text that ended."""
-        self._ends += 1
-        passed = now - self._since
-        if not self._ends_s and 0.1 < passed < 1e5:
-            self._ends_s = self._ends / passed
-
-    def seconds_for(self, texts: int) -> int:
-        """About how long so many texts take, 1 to 60 s; 1 where nothing was measured."""
-        return min(60, max(1, math.ceil(texts / self._ends_s))) if self._ends_s else 1
+def _tokens(group: Sequence[RowText]) -> int:
+    """Tokens to be read for a group, with padding; texts of one request share their prompt."""
+    return len({row.stream for row in group}) * max(len(row.prompt) for row in group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from yunque.runtime.batch import EOS, LENGTH, RUNNING, Step
+from yunque.runtime.batch import EOS, LENGTH, RUNNING, Step, sizes
 from yunque.runtime.models import CausalModel, Seq2SeqModel
 from yunque.runtime.options import GenerationOptions
 from yunque.serving.requests import Event, FinishReason, Stream, TokenLogprob, TopLogprob
@@ -29,8 +29,7 @@ class RowText:
         self.arrived = arrived  # by time.perf_counter, like all times here
         self.deadline = deadline
         self.last: float | None = None  # when the newest token came
-        # What the decoder reads: the prompt, or of an encoder-decoder the start token.
-        self.room = limit + (1 if model.spec.kind == "seq2seq" else len(self.prompt))
+        self.room, self.source = sizes(model.spec, self.prompt, limit)
         self._tokenizer = model.tokenizer
         self._writer = TextWriter(model.tokenizer, stream.request.options.stop)
 

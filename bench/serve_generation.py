@@ -1,9 +1,8 @@
 """Tokens per second of exported models beside other engines, in turn: greedy, 128 tokens in, 64 out, batches 1, 8, 32.
 
-    python bench/serve_generation.py                            # ours: fp32 and int8, both shapes, 2 threads
+    python bench/serve_generation.py                            # ours: fp32 and both int8, both shapes, 2 threads
     python bench/serve_generation.py --peers ../shared/peers    # beside every peer whose environment setup.sh has made
     python bench/serve_generation.py --pruned                   # ours: whole, heads and neurons pruned, masked 2:4
-    python bench/serve_generation.py --only 'yunque.*' --shapes t5 --batches 1 --repeats 1 --threads 1 --profile
 
 Models are flan-t5-small (77 M) and SmolLM-135M in shape, of random weights, made once under --home. Every engine is a
 process that is stopped (SIGSTOP) while another one is timed; a round times each of them once, and the median over
@@ -20,6 +19,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import random
 import re
 import signal
 import statistics
@@ -31,10 +31,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 PROMPT_TOKENS, NEW_TOKENS = 128, 64
 LARGEST_ID = {"t5": 30000, "llama": 49000}
-OURS = ("yunque-fp32", "yunque-int8")
-PRUNED = tuple(f"{name}-{kind}" for name in OURS for kind in ("pruned", "masked"))
+OURS = ("yunque-fp32", "yunque-int8", "yunque-int8-static")
+PRUNED = tuple(f"{name}-{kind}" for name in OURS[:2] for kind in ("pruned", "masked"))
 SLOW = (
     r"(t5|llama)/(transformers-(fp32|bf16)|llamacpp.*)|llama/(ctranslate2-fp32|openvino-fp32|optimum.*|ort-genai-int4)"
 )
@@ -86,6 +87,8 @@ def make_model(shape: str, folder: Path) -> None:
 
 def export_model(engine: str, source: Path, folder: Path) -> None:
     """Write the ONNX folder of one of our engines, pruned or quantized as its name says."""
+    if engine.endswith("static"):
+        return export_static(source, folder)
     from yunque import artifacts
     from yunque.compression.schemes import PrecisionPlan, layer_scheme
     from yunque.export.folder import write_folder
@@ -101,6 +104,19 @@ def export_model(engine: str, source: Path, folder: Path) -> None:
     artifacts.save_model_folder(
         folder, lambda staging: [write_folder(model, staging, plan), None][1], stage="onnx", parents=[str(source)]
     )
+
+
+def export_static(source: Path, folder: Path) -> None:
+    """With ranges of the inputs that were measured on prompts, which here are as random as the model."""
+    texts, pick = folder.with_suffix(".jsonl"), random.Random(0)
+    rows = [" ".join(f"w{pick.randrange(300, 30000)}" for _ in range(PROMPT_TOKENS)) for _ in range(16)]
+    texts.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    options = {
+        "model_name_or_path": source.absolute(), "scheme": "onnx_int8_static", "output_dir": folder.absolute(),
+        "calibration_dataset": texts.absolute(), "calibration_text_column": "text", "calibration_samples": len(rows),
+    }  # fmt: skip
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    subprocess.run([sys.executable, "compress/quantize.py", *words], check=True, stdout=sys.stderr, cwd=ROOT)
 
 
 def prune_model(source: Path, folder: Path, *, masked: bool) -> None:
@@ -175,22 +191,12 @@ def work(args: argparse.Namespace) -> None:
         shape, batch = args.shapes[0], request["batch"]
         ids = np.random.RandomState(batch).randint(300, LARGEST_ID[shape], (batch, PROMPT_TOKENS)).astype(np.int64)
         machine, own, start = _busy_s(), time.process_time(), time.perf_counter()
-        tokens = _profiled(generate, ids, request["tokens"]) if args.profile else generate(ids, request["tokens"])
+        tokens = generate(ids, request["tokens"])
         seconds, cpu = time.perf_counter() - start, time.process_time() - own
         others = max(0.0, _busy_s() - machine - cpu) / (seconds * (os.cpu_count() or 1))
         reply = {"seconds": seconds, "cpu": cpu, "others": others, "peak_rss_mb": _status_mb("VmHWM")}
         if request["return_tokens"]:
             reply["tokens"] = np.asarray(tokens).tolist()
-
-
-def _profiled(generate: Generate, ids: Any, count: int) -> Any:
-    import cProfile
-    import pstats
-
-    profile = cProfile.Profile()
-    tokens = profile.runcall(generate, ids, count)
-    pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(12)
-    return tokens
 
 
 def _busy_s() -> float:
@@ -221,7 +227,7 @@ class Engine:
             str(python), __file__, "--worker", name, "--folder", str(folder), "--source", str(source),
             "--shapes", name.split("/")[0] if "/" in name else args.shape, "--threads", str(args.threads),
             "--peers-home", str(args.peers_home),
-            *(["--peers", str(args.peers)] if "/" in name else []), *(["--profile"] if args.profile else []),
+            *(["--peers", str(args.peers)] if "/" in name else []),
         ]  # fmt: skip
         self.environment = os.environ | {
             "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -235,11 +241,8 @@ class Engine:
 
     def start(self) -> None:
         """Load the model."""
-        errors = None if "--profile" in self.command else subprocess.DEVNULL
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            self.command, env=self.environment, stdin=pipe, stdout=pipe, stderr=errors, text=True
-        )
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(self.command, env=self.environment, text=True, **pipes)
         self.loaded = self._reply()
 
     def ask(self, batch: int, tokens: int, *, return_tokens: bool = False) -> dict[str, Any]:
@@ -466,7 +469,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--profile", action="store_true", help="where our Python's time goes")
     parser.add_argument("--lock", type=Path, default=Path("/tmp/peers-bench.lock"))
     for hidden in ("--worker", "--folder", "--source"):
         parser.add_argument(hidden, type=Path if hidden != "--worker" else str, help=argparse.SUPPRESS)

@@ -12,6 +12,7 @@ RUN_BY = {
     "bench/compare.py": "tests/bench",
     "bench/faults.py": "tests/distributed/test_faults.py",
     "compress/to_onnx.py": "tests/export/test_folder.py",
+    "make check-base": ".ci/run",
     "make check-release": ".ci/release",
     "make demo": ".ci/run",
     "make lint": ".ci/run",

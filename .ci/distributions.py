@@ -21,6 +21,9 @@ if strange := package - wanted:
     sys.exit(f"{wheel.name} holds {', '.join(sorted(strange))}")
 if not any(name.endswith("/licenses/LICENSE") for name in held):
     sys.exit(f"{wheel.name} has no licence")
+citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+if citation is None or citation[1] != wheel.name.split("-")[1]:
+    sys.exit(f"CITATION.cff does not name the version of {wheel.name}")
 with tarfile.open(source) as archive:
     names = {member.name.partition("/")[2] for member in archive if member.isfile()}
 wanted = {f"src/{name}" for name in wanted} | {"LICENSE", "README.md", "pyproject.toml"}

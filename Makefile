@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow test-slurm lint docs docs-run check-release
+.PHONY: setup demo test test-slow test-slurm lint docs docs-run check-base check-release
 
 setup: $(READY)
 
@@ -31,7 +31,11 @@ test-slow: setup
 test-slurm: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
 
-# Wheel, base install, lowest versions, vulnerabilities: needs a package index
+# The base install without torch, with tested and with lowest versions: needs a package index
+check-base: setup
+	PYTHON=$(PYTHON) .ci/base
+
+# Distributions, check-base, vulnerabilities: needs a package index
 check-release: setup
 	PYTHON=$(PYTHON) .ci/release
 
@@ -45,4 +49,4 @@ lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	git ls-files -z -- '*.sh' '*.sbatch' .ci/run .ci/release | xargs -0 -r $(BIN)/shellcheck -x
+	git ls-files -z -- '*.sh' '*.sbatch' .ci/run .ci/base .ci/release | xargs -0 -r $(BIN)/shellcheck -x

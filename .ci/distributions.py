@@ -1,5 +1,6 @@
 """Whether wheel and source distribution hold what they must and nothing else: distributions.py FOLDER."""
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -7,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FORBIDDEN = ("tests/", "recipes/", "compress/", "bench/", "outputs/")
+GENERATED = re.compile(r"PKG-INFO|MANIFEST\.in|setup\.cfg|src/yunque\.egg-info/.*")  # by setuptools, or for it
 
 (wheel,), (source,) = (list(Path(sys.argv[1]).glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
 tracked = subprocess.run(["git", "ls-files", "src/yunque"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -20,10 +21,14 @@ if strange := package - wanted:
     sys.exit(f"{wheel.name} holds {', '.join(sorted(strange))}")
 if not any(name.endswith("/licenses/LICENSE") for name in held):
     sys.exit(f"{wheel.name} has no licence")
+citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+if citation is None or citation[1] != wheel.name.split("-")[1]:
+    sys.exit(f"CITATION.cff does not name the version of {wheel.name}")
 with tarfile.open(source) as archive:
-    names = {name.partition("/")[2] for name in archive.getnames()}
-if missing := {f"src/{name}" for name in wanted} | {"LICENSE", "README.md", "pyproject.toml"} - names:
-    missing -= names
-    if missing:
-        sys.exit(f"{source.name} lacks {', '.join(sorted(missing))}")
+    names = {member.name.partition("/")[2] for member in archive if member.isfile()}
+wanted = {f"src/{name}" for name in wanted} | {"LICENSE", "README.md", "pyproject.toml"}
+if missing := wanted - names:
+    sys.exit(f"{source.name} lacks {', '.join(sorted(missing))}")
+if strange := {name for name in names - wanted if not GENERATED.match(name)}:
+    sys.exit(f"{source.name} holds {', '.join(sorted(strange))}")
 print(f"{wheel.name}: {len(package)} files of the package, each tracked; {source.name}: the same")

@@ -56,7 +56,7 @@ def serve(folder):
 def main():
     folder = Path(sys.argv[1])
     assert not importlib.util.find_spec("torch"), "torch is installed here"
-    commands = run("--help")
+    run("--help", says="serve")
     run("--version", says="yunque")
     run("show", folder, "--verify", says="verified")
     run("doctor", "--quick", "--output_dir", "/tmp")
@@ -66,8 +66,7 @@ def main():
 
     answers = load(str(folder), threads=1).generate(PROMPTS)
     print(json.dumps([list(map(int, answer.tokens)) for answer in answers]))
-    if "│ serve " in commands:
-        serve(folder)
+    serve(folder)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def main() -> None:
     except InputError as error:
         option, _, message = str(error).partition(": ")
         raise InputError(f"{reward_args.option_of(option)}: {message}") from error
-    if not reward.measures_toxicity:
+    if not reward.measures_label:
         raise InputError("reward_model_name_or_path: sentiment is measured by it; give a classifier with labels")
 
     # ---- data ----

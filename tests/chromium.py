@@ -1,6 +1,5 @@
 """Headless Chromium for tests, driven over the pipes of its own remote debugging protocol."""
 
-import base64
 import json
 import os
 import shutil
@@ -142,7 +141,3 @@ class Chromium:
 
     def lowest_contrast(self):
         return self.evaluate(_CONTRAST)
-
-    def screenshot(self, path, whole=False):
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole, format="png")
-        path.write_bytes(base64.b64decode(shot["data"]))

@@ -3,7 +3,7 @@
 import pytest
 import warm
 
-pytest_plugins = ["runs", "pipelines"]
+pytest_plugins = ["runs", "pipelines", "golden"]
 
 
 def pytest_configure():

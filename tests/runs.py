@@ -8,6 +8,7 @@ import random
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 ROOT = Path(__file__).parents[1]
 RUN_TIMEOUT_S = 300
+POLL_S = 0.01
 TEMPLATE_WORDS = ("Summarize", "the", "following", "conversation.", "Summary:")
 
 TOPICS = ("shopping", "weather", "shopping", "bank")
@@ -52,7 +54,11 @@ class Run:
 
     @property
     def log(self) -> list[dict[str, float]]:
-        return [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+        return self.rows("log.jsonl")
+
+    @property
+    def losses(self) -> list[float]:
+        return [line["loss"] for line in self.log if "loss" in line]
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -60,7 +66,33 @@ class Run:
 
     @property
     def answers(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "before_after.jsonl").read_text().splitlines()]
+        return self.rows("before_after.jsonl")
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        return json_lines(self.folder / name)
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until a running recipe has written ``path``."""
+    limit = time.monotonic() + RUN_TIMEOUT_S
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < limit
+        time.sleep(POLL_S)
+
+
+def assert_refused(process: subprocess.CompletedProcess[str], *words: str, alone: bool = False) -> None:
+    """Exit code 2 and at the end of stderr, or ``alone`` there, one line that has all of ``words``."""
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr
+    *others, line = process.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert not (alone and others), process.stderr
+    assert [word for word in words if word not in line] == []
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ RUN_BY = {
     "bench/faults.py": "tests/distributed/test_faults.py",
     "bench/hacking_watch.py": "tests/run_documents.py",
     "compress/to_onnx.py": "tests/export/test_folder.py",
+    "make check-base": ".ci/run",
     "make check-release": ".ci/release",
     "make demo": ".ci/run",
     "make docs": "tests/docs/test_reference.py",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 
 import numpy as np
 import pairs
 import pytest
 import torch
+from runs import assert_refused, wait_for
 
 from yunque.artifacts import verify
 from yunque.distributed.preferences import PreferenceTrainer
@@ -19,8 +19,6 @@ from yunque.models.loading import load_model, load_tokenizer
 from yunque.models.policy import score_tokens
 
 LORA = {"use_peft": True, "lora_r": 4}
-POLL_S = 0.01
-START_TIMEOUT_S = 240
 
 
 @pytest.fixture(scope="session")
@@ -44,14 +42,6 @@ def dpo_options(assets, tmp_path_factory):
     return options
 
 
-def losses(run):
-    return [line["loss"] for line in run.log if "loss" in line]
-
-
-def saved_margins(run):
-    return [json.loads(line) for line in (run.folder / "margins.jsonl").read_text().splitlines()]
-
-
 def margins_again(run):
     """Margins of the saved rows under the saved folder, each answer scored alone."""
     args = ModelArguments(model_name_or_path=str(run.folder))
@@ -65,7 +55,7 @@ def margins_again(run):
         with torch.no_grad():
             return score_tokens(model, adapter, batch, 1.0, lean=False)[0].logprobs_BR.sum().item()
 
-    rows = saved_margins(run)
+    rows = run.rows("margins.jsonl")
     return [score(row["prompt"], row["chosen"]) - score(row["prompt"], row["rejected"]) for row in rows]
 
 
@@ -73,9 +63,9 @@ def kept_its_promises(run):
     """What every finished run must show."""
     assert verify(run.folder) == []
     assert not (run.folder / "checkpoints").exists()
-    assert losses(run)[-1] < losses(run)[0]
+    assert run.losses[-1] < run.losses[0]
     # the tolerance is that of float32 sums over padded and unpadded rows
-    assert margins_again(run) == pytest.approx([row["margin_after"] for row in saved_margins(run)], abs=2e-4)
+    assert margins_again(run) == pytest.approx([row["margin_after"] for row in run.rows("margins.jsonl")], abs=2e-4)
     return True
 
 
@@ -102,7 +92,7 @@ def test_decoder_only_from_the_command_line(full_run, assets):
 
 
 def test_the_metrics_are_those_of_the_held_out_pairs(full_run):
-    metrics, rows = full_run.manifest["metrics"], saved_margins(full_run)
+    metrics, rows = full_run.manifest["metrics"], full_run.rows("margins.jsonl")
     before, after = (np.array([row[f"margin_{when}"] for row in rows]) for when in ("before", "after"))
     assert metrics["num_pairs"] == len(rows) == 9
     assert metrics["margin_before"]["mean"] == pytest.approx(before.mean(), rel=1e-5)
@@ -140,7 +130,7 @@ def test_a_trained_adapter_is_its_own_reference_and_merges(called, dpo_options, 
 @pytest.mark.parametrize("changed", [{"loss_type": "ipo"}, {"loss_type": "hinge"}, {"sft_weight": 1.0}], ids=str)
 def test_other_losses(changed, called, dpo_options, tmp_path):
     run = called("dpo", dpo_options(output_dir=tmp_path / "out", **changed))
-    assert losses(run)[-1] < losses(run)[0]
+    assert run.losses[-1] < run.losses[0]
     assert run.manifest["metrics"]["margin_change"]["mean"] > 0
 
 
@@ -152,20 +142,12 @@ def test_two_ranks_train_as_one(called, finished, dpo_options, tmp_path):
     one = called("dpo", dpo_options(output_dir=tmp_path / "one", **changed))
     two = finished("dpo", dpo_options(output_dir=tmp_path / "two", per_device_train_batch_size=2, **changed), ranks=2)
     # float32 sums in another order, over 12 optimizer steps
-    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+    assert two.losses == pytest.approx(one.losses, rel=1e-3)
     for name in ("rewards/margins", "rewards/accuracies", "logps/chosen"):
         theirs, ours = ([line[name] for line in run.log if "loss" in line] for run in (two, one))
         assert theirs == pytest.approx(ours, rel=1e-3, abs=1e-4), name
-    after = [[row["margin_after"] for row in saved_margins(run)] for run in (two, one)]
+    after = [[row["margin_after"] for row in run.rows("margins.jsonl")] for run in (two, one)]
     assert after[0] == pytest.approx(after[1], abs=1e-2)
-
-
-def wait_for(path, process):
-    limit = time.monotonic() + START_TIMEOUT_S
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < limit
-        time.sleep(POLL_S)
 
 
 def test_a_stopped_run_resumes_to_the_same_curve(start_recipe, called, dpo_options, tmp_path):
@@ -193,8 +175,8 @@ def test_a_trained_adapter_s_reference_survives_a_resume(
 
 
 def assert_same_run(one, other):
-    assert losses(one) == losses(other)
-    assert saved_margins(one) == saved_margins(other)
+    assert one.losses == other.losses
+    assert one.rows("margins.jsonl") == other.rows("margins.jsonl")
     metrics = [{k: v for k, v in run.manifest["metrics"].items() if not k.endswith("_s")} for run in (one, other)]
     assert metrics[0] == metrics[1]
 
@@ -219,16 +201,8 @@ def assert_same_run(one, other):
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_bad_input(changed, words, call_recipe, dpo_options, tmp_path):
-    refused(call_recipe("dpo", dpo_options(output_dir=tmp_path / "out", **changed)), *words)
+    assert_refused(call_recipe("dpo", dpo_options(output_dir=tmp_path / "out", **changed)), *words)
     assert not (tmp_path / "out").exists()
-
-
-def refused(process, *words):
-    assert process.returncode == 2, process.stderr
-    assert "Traceback" not in process.stderr
-    line = process.stderr.splitlines()[-1]
-    assert line.startswith("error: ")
-    assert [word for word in words if word not in line] == []
 
 
 @pytest.mark.parametrize(
@@ -243,7 +217,7 @@ def test_bad_rows(row, words, call_recipe, dpo_options, tmp_path):
     (tmp_path / "data").mkdir()
     for split in ("train", "test"):
         (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join([json.dumps(row)] * 3))
-    refused(call_recipe("dpo", dpo_options(output_dir=tmp_path / "out", dataset_name=tmp_path / "data")), *words)
+    assert_refused(call_recipe("dpo", dpo_options(output_dir=tmp_path / "out", dataset_name=tmp_path / "data")), *words)
     assert not (tmp_path / "out").exists()
 
 

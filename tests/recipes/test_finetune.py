@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import time
 
 import pytest
 import tiny
 import torch
+from runs import assert_refused, wait_for
 
 from yunque.artifacts import verify
 from yunque.models.arguments import ModelArguments
@@ -21,8 +21,6 @@ SCRATCH = {
     "config_overrides": "d_model=32,d_kv=16,d_ff=64,num_heads=2,num_layers=1,dropout_rate=0.1",
 }
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "wo"}
-POLL_S = 0.01
-START_TIMEOUT_S = 240
 
 
 @pytest.fixture(scope="session")
@@ -63,10 +61,6 @@ def lora_run(called, finetune_options, tmp_path):
     return called("finetune", finetune_options(output_dir=tmp_path / "out", max_steps=40, **LORA))
 
 
-def saved_predictions(run):
-    return [json.loads(line) for line in (run.folder / "predictions.jsonl").read_text().splitlines()]
-
-
 def loaded(folder):
     args = ModelArguments(model_name_or_path=str(folder))
     tokenizer = load_tokenizer(args)
@@ -76,13 +70,9 @@ def loaded(folder):
 def answers_again(run):
     """What the model in the run's folder answers to the queries of its predictions."""
     model, tokenizer = loaded(run.folder)
-    inputs = tokenizer([row["query"] for row in saved_predictions(run)], padding=True, return_tensors="pt")
+    inputs = tokenizer([row["query"] for row in run.rows("predictions.jsonl")], padding=True, return_tensors="pt")
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=run.options["max_new_tokens"])
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-
-
-def losses(run):
-    return [line["loss"] for line in run.log if "loss" in line]
 
 
 def comparable(run):
@@ -93,7 +83,7 @@ def comparable(run):
 
 
 def test_a_model_from_scratch_learns_and_its_folder_is_complete(scratch_run):
-    manifest, first, last = scratch_run.manifest, losses(scratch_run)[0], losses(scratch_run)[-1]
+    manifest, first, last = scratch_run.manifest, scratch_run.losses[0], scratch_run.losses[-1]
     assert last < 0.75 * first
     assert verify(scratch_run.folder) == []
     assert set(manifest["files"]) >= {"config.json", "model.safetensors", "tokenizer.json", "predictions.jsonl"}
@@ -110,26 +100,26 @@ def test_a_model_from_scratch_learns_and_its_folder_is_complete(scratch_run):
 
 
 def test_the_folder_answers_as_the_trained_model_did(scratch_run):
-    predictions = [row["prediction"] for row in saved_predictions(scratch_run)]
+    predictions = [row["prediction"] for row in scratch_run.rows("predictions.jsonl")]
     assert any(predictions)
     assert answers_again(scratch_run) == predictions
 
 
 def test_all_weights_train(full_run, assets):
-    assert losses(full_run)[-1] < losses(full_run)[0]
+    assert full_run.losses[-1] < full_run.losses[0]
     assert full_run.manifest["parents"] == [{"path": str(assets.t5), "manifest_sha256": None}]
     assert full_run.manifest["base_model"] == str(assets.t5)
-    assert answers_again(full_run) == [row["prediction"] for row in saved_predictions(full_run)]
+    assert answers_again(full_run) == [row["prediction"] for row in full_run.rows("predictions.jsonl")]
     before, after = loaded(assets.t5)[0].state_dict(), loaded(full_run.folder)[0].state_dict()
     assert [name for name, weight in before.items() if torch.equal(weight, after[name])] == []
 
 
 def test_an_adapter_is_saved_alone_and_loads_on_its_base(lora_run, assets):
-    assert losses(lora_run)[-1] < losses(lora_run)[0]
+    assert lora_run.losses[-1] < lora_run.losses[0]
     assert "adapter_model.safetensors" in lora_run.manifest["files"]
     assert "model.safetensors" not in lora_run.manifest["files"]
     assert json.loads((lora_run.folder / "adapter_config.json").read_text())["r"] == 4
-    assert answers_again(lora_run) == [row["prediction"] for row in saved_predictions(lora_run)]
+    assert answers_again(lora_run) == [row["prediction"] for row in lora_run.rows("predictions.jsonl")]
     base, trained = loaded(assets.t5)[0].state_dict(), loaded(lora_run.folder)[0].get_base_model().state_dict()
     kept = [torch.equal(weight, trained[name]) for name, weight in base.items() if name in trained]
     assert len(kept) > 10
@@ -140,7 +130,7 @@ def test_an_adapter_trains_on_and_merges(called, finetune_options, assets, tmp_p
     options = finetune_options(output_dir=tmp_path / "out", model_name_or_path=assets.adapter, merge_adapter=True)
     run = called("finetune", options)
     assert "model.safetensors" in run.manifest["files"]
-    assert answers_again(run) == [row["prediction"] for row in saved_predictions(run)]
+    assert answers_again(run) == [row["prediction"] for row in run.rows("predictions.jsonl")]
 
 
 def test_truncation_is_counted(call_recipe, finetune_options, tmp_path):
@@ -182,29 +172,21 @@ def whole_batches(called, five_steps):
 
 def test_two_ranks_train_as_one(whole_batches, finished, five_steps):
     two = finished("finetune", five_steps("two", per_device_train_batch_size=2), ranks=2)
-    assert losses(two) == pytest.approx(losses(whole_batches), rel=1e-4)
-    assert saved_predictions(two) == saved_predictions(whole_batches)
+    assert two.losses == pytest.approx(whole_batches.losses, rel=1e-4)
+    assert two.rows("predictions.jsonl") == whole_batches.rows("predictions.jsonl")
 
 
 def test_accumulated_batches_train_as_one(whole_batches, called, five_steps):
     four = called("finetune", five_steps("four", per_device_train_batch_size=1, gradient_accumulation_steps=4))
-    assert losses(four) == pytest.approx(losses(whole_batches), rel=1e-4)
+    assert four.losses == pytest.approx(whole_batches.losses, rel=1e-4)
 
 
 def test_label_smoothing_raises_the_loss(whole_batches, called, five_steps):
     smoothed = called("finetune", five_steps("smoothed", label_smoothing_factor=0.2))
-    assert losses(smoothed)[0] != pytest.approx(losses(whole_batches)[0], rel=1e-4)
+    assert smoothed.losses[0] != pytest.approx(whole_batches.losses[0], rel=1e-4)
 
 
 # --- stopped and resumed ---
-
-
-def wait_for(path, process):
-    limit = time.monotonic() + START_TIMEOUT_S
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < limit
-        time.sleep(POLL_S)
 
 
 def test_a_killed_run_resumes_to_the_same_metrics(start_recipe, called, finetune_options, tmp_path):
@@ -218,8 +200,8 @@ def test_a_killed_run_resumes_to_the_same_metrics(start_recipe, called, finetune
     assert not (tmp_path / "killed" / "yunque.json").exists()
     resumed = called("finetune", options | {"resume": True})
     assert comparable(resumed) == comparable(undisturbed)
-    assert losses(resumed) == losses(undisturbed)
-    assert saved_predictions(resumed) == saved_predictions(undisturbed)
+    assert resumed.losses == undisturbed.losses
+    assert resumed.rows("predictions.jsonl") == undisturbed.rows("predictions.jsonl")
 
 
 def test_a_signal_saves_and_asks_to_try_again(start_recipe, called, finetune_options, tmp_path):
@@ -247,15 +229,6 @@ def test_a_checkpoint_killed_half_way_is_passed_over(call_recipe, finetune_optio
 # --- refused ---
 
 
-def refused(process, *words):
-    assert process.returncode == 2, process.stderr
-    line = process.stderr.splitlines()[-1]
-    assert line.startswith("error: ")
-    assert "Traceback" not in process.stderr
-    assert [word for word in words if word not in line] == []
-    return True
-
-
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -278,13 +251,13 @@ def refused(process, *words):
 )
 def test_bad_input(changed, words, call_recipe, finetune_options, tmp_path):
     process = call_recipe("finetune", finetune_options(output_dir=tmp_path / "out", **changed))
-    assert refused(process, *words)
+    assert_refused(process, *words)
     assert not (tmp_path / "out").exists()
 
 
 def test_rows_of_an_encoder_decoder_are_not_packed(call_recipe, finetune_options, tmp_path):
     process = call_recipe("finetune", finetune_options(output_dir=tmp_path / "out", packing=True))
-    assert refused(process, "packing: ", "encoder-decoder")
+    assert_refused(process, "packing: ", "encoder-decoder")
     assert not (tmp_path / "out").exists()
 
 
@@ -293,7 +266,7 @@ def test_a_finished_run_is_kept_unless_overwritten(call_recipe, called, finetune
     shutil.copytree(scratch_run.folder, folder)
     options = finetune_options(output_dir=folder, max_steps=1)
     before = (folder / "yunque.json").read_bytes()
-    assert refused(call_recipe("finetune", options), "--output_dir", "--overwrite_output_dir")
+    assert_refused(call_recipe("finetune", options), "--output_dir", "--overwrite_output_dir")
     assert (folder / "yunque.json").read_bytes() == before
     assert called("finetune", options | {"overwrite_output_dir": True}).manifest["metrics"]["train_steps"] == 1
 

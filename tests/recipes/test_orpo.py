@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pairs
 import pytest
 import torch
+from runs import assert_refused
 
 from yunque.artifacts import verify
 from yunque.distributed.preferences import PreferenceTrainer
@@ -38,14 +37,6 @@ def orpo_options(assets, tmp_path_factory):
     return options
 
 
-def losses(run):
-    return [line["loss"] for line in run.log if "loss" in line]
-
-
-def saved_margins(run):
-    return [json.loads(line) for line in (run.folder / "margins.jsonl").read_text().splitlines()]
-
-
 def margins_again(run):
     """Margins per token of the saved rows under the saved folder, each answer scored alone."""
     args = ModelArguments(model_name_or_path=str(run.folder))
@@ -59,17 +50,17 @@ def margins_again(run):
         with torch.no_grad():
             return score_tokens(model, adapter, batch, 1.0, lean=False)[0].logprobs_BR.mean().item()
 
-    rows = saved_margins(run)
+    rows = run.rows("margins.jsonl")
     return [score(row["prompt"], row["chosen"]) - score(row["prompt"], row["rejected"]) for row in rows]
 
 
 def kept_its_promises(run):
     """What every finished run must show."""
     assert verify(run.folder) == []
-    assert losses(run)[-1] < losses(run)[0]
+    assert run.losses[-1] < run.losses[0]
     assert run.manifest["metrics"]["margin_change"]["mean"] > 0
     # the tolerance is that of float32 sums over padded and unpadded rows
-    assert margins_again(run) == pytest.approx([row["margin_after"] for row in saved_margins(run)], abs=1e-4)
+    assert margins_again(run) == pytest.approx([row["margin_after"] for row in run.rows("margins.jsonl")], abs=1e-4)
     return True
 
 
@@ -81,7 +72,7 @@ def test_from_the_command_line_on_one_and_two_ranks(finished, orpo_options, new_
     assert last["loss"] > last["loss/preference"] > 0  # the chosen answers' cross entropy is the rest
     options = orpo_options(output_dir=new_folder(), per_device_train_batch_size=2)
     two = finished("orpo", options, ranks=2, cold=True)  # a whole launch as a user's is
-    assert losses(two) == pytest.approx(losses(one), rel=1e-3)  # float32 sums in another order
+    assert two.losses == pytest.approx(one.losses, rel=1e-3)  # float32 sums in another order
 
 
 @pytest.mark.parametrize("changed", [{}, {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}], ids=["full", "lora"])
@@ -99,8 +90,8 @@ def test_a_run_goes_on_from_its_checkpoint(call_recipe, called, orpo_options, tm
         process = call_recipe("orpo", orpo_options(output_dir=tmp_path / "stopped", save_steps=100))
     assert process.returncode == 75, process.stderr
     resumed = called("orpo", orpo_options(output_dir=tmp_path / "stopped", save_steps=100, resume=True))
-    assert losses(resumed) == losses(whole)
-    assert saved_margins(resumed) == saved_margins(whole)
+    assert resumed.losses == whole.losses
+    assert resumed.rows("margins.jsonl") == whole.rows("margins.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -115,9 +106,5 @@ def test_a_run_goes_on_from_its_checkpoint(call_recipe, called, orpo_options, tm
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_bad_input(changed, words, call_recipe, orpo_options, tmp_path):
-    process = call_recipe("orpo", orpo_options(output_dir=tmp_path / "out", **changed))
-    assert process.returncode == 2, process.stderr
-    line = process.stderr.splitlines()[-1]
-    assert line.startswith("error: ")
-    assert [word for word in words if word not in line] == []
+    assert_refused(call_recipe("orpo", orpo_options(output_dir=tmp_path / "out", **changed)), *words)
     assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+from runs import assert_refused
 
 
 def _no_dataset(assets, tmp_path):
@@ -74,21 +75,11 @@ BAD_INPUTS = [
 ]
 
 
-def refused(process, *words):
-    """Exit code 2 and nothing on stderr but one line with all of ``words``."""
-    assert process.returncode == 2, process.stderr
-    assert process.stderr.startswith("error: ")
-    assert process.stderr.count("\n") == 1, process.stderr
-    assert process.stderr.endswith("\n")
-    assert [word for word in words if word not in process.stderr] == []
-    return True
-
-
 @pytest.mark.parametrize(("wrong", "words"), BAD_INPUTS, ids=[wrong.__name__[1:] for wrong, _ in BAD_INPUTS])
 def test_bad_input(wrong, words, call_recipe, ppo_options, assets, tmp_path):
     folder = tmp_path / "out"
     options = ppo_options(output_dir=folder) | wrong(assets, tmp_path)
-    assert refused(call_recipe("ppo_detox", options), *words)
+    assert_refused(call_recipe("ppo_detox", options), *words, alone=True)
     assert not folder.exists()
 
 
@@ -100,7 +91,7 @@ def test_bad_input(wrong, words, call_recipe, ppo_options, assets, tmp_path):
 def test_bad_input_at_the_command_line(wrong, words, run_recipe, ppo_options, assets, tmp_path):
     folder = tmp_path / "out"
     options = ppo_options(output_dir=folder) | wrong(assets, tmp_path)
-    assert refused(run_recipe("ppo_detox", options, cold=True), *words)
+    assert_refused(run_recipe("ppo_detox", options, cold=True), *words, alone=True)
     assert not folder.exists()
 
 
@@ -130,14 +121,16 @@ def content(folder):
 def test_finished_run_is_kept(used_folder, call_recipe, ppo_options):
     before = content(used_folder)
     process = call_recipe("ppo_detox", ppo_options(output_dir=used_folder, max_steps=1))
-    assert refused(process, "--output_dir ", str(used_folder), "holds a finished run", "--overwrite_output_dir")
+    assert_refused(
+        process, "--output_dir ", str(used_folder), "holds a finished run", "--overwrite_output_dir", alone=True
+    )
     assert content(used_folder) == before
 
 
 def test_bad_input_of_an_overwriting_run_keeps_the_former_one(used_folder, call_recipe, ppo_options):
     before = content(used_folder)
     options = ppo_options(output_dir=used_folder, overwrite_output_dir=True, reward_label="kind")
-    assert refused(call_recipe("ppo_detox", options), "reward_label: ")
+    assert_refused(call_recipe("ppo_detox", options), "reward_label: ", alone=True)
     assert content(used_folder) == before
 
 
@@ -152,7 +145,7 @@ def test_finished_run_is_replaced_when_asked(used_folder, called, ppo_options):
 def test_output_folder_is_not_an_input(call_recipe, ppo_options, assets):
     before = content(assets.t5)
     options = ppo_options(output_dir=assets.t5, overwrite_output_dir=True)
-    assert refused(call_recipe("ppo_detox", options), "--output_dir ", "is also an input")
+    assert_refused(call_recipe("ppo_detox", options), "--output_dir ", "is also an input", alone=True)
     assert content(assets.t5) == before
 
 

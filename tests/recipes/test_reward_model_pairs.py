@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
+from runs import assert_refused, json_lines
 from transformers import AutoModelForSequenceClassification
 
 from yunque.artifacts import verify
@@ -105,14 +106,6 @@ def models(tmp_path_factory):
     return root
 
 
-def losses_of(run):
-    return [line["loss"] for line in run.log if "loss" in line]
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def rewarded(folder, rows, answer):
     model, tokenizer = load_classifier(str(folder))
     texts = [row["prompt"] + row[answer] for row in rows]
@@ -121,7 +114,7 @@ def rewarded(folder, rows, answer):
 
 
 def test_it_learns_and_its_folder_is_complete(pair_run):
-    losses = losses_of(pair_run)
+    losses = pair_run.losses
     assert losses[0] == pytest.approx(np.log(2), abs=0.2)
     assert losses[-1] < 0.5 * losses[0]
     assert verify(pair_run.folder) == []
@@ -136,7 +129,7 @@ def test_it_learns_and_its_folder_is_complete(pair_run):
 
 
 def test_the_report_is_that_of_the_saved_model(pair_run, preferred):
-    rows = rows_of(preferred / "test.jsonl")
+    rows = json_lines(preferred / "test.jsonl")
     chosen, rejected = (rewarded(pair_run.folder, rows, answer) for answer in ("chosen", "rejected"))
     metrics = pair_run.manifest["metrics"]
     assert metrics["accuracy"]["mean"] == pytest.approx((chosen > rejected).mean())
@@ -150,7 +143,7 @@ def test_the_report_is_that_of_the_saved_model(pair_run, preferred):
 
 
 def test_it_serves_as_reward_of_ppo(pair_run, preferred):
-    rows = rows_of(preferred / "test.jsonl")
+    rows = json_lines(preferred / "test.jsonl")
     model, tokenizer = load_classifier(str(pair_run.folder))
     assert model.config.num_labels == 1
     args = RewardArguments(reward_funcs=[str(pair_run.folder)])
@@ -167,7 +160,7 @@ def test_two_ranks_train_as_one_and_score_every_pair_once(finished, pair_run, pa
     options = pair_options(output_dir=tmp_path / "out", per_device_train_batch_size=8, per_device_eval_batch_size=4)
     two = finished("reward_model", options, ranks=2)
     # equal but for the order of sums, which 40 Adam steps amplify
-    assert losses_of(two) == pytest.approx(losses_of(pair_run), abs=0.02)
+    assert two.losses == pytest.approx(pair_run.losses, abs=0.02)
     assert two.manifest["metrics"]["num_pairs"] == 45  # 12 batches of 4, the last one filled up
     assert two.manifest["metrics"]["eval_loss"] == pytest.approx(pair_run.manifest["metrics"]["eval_loss"], abs=0.02)
 
@@ -182,15 +175,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(called, call_recipe, pair_o
     assert stopped.returncode == EXIT_TRY_AGAIN
     assert not (tmp_path / "part" / "model.safetensors").exists()
     again = called("reward_model", part | {"resume": True})
-    assert losses_of(again) == losses_of(whole)
-    assert len(losses_of(again)) == 6
+    assert again.losses == whole.losses
+    assert len(again.losses) == 6
 
 
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
 def test_a_language_model_gets_a_head_of_one_reward(base, called, pair_options, models, preferred, tmp_path):
     run = called("reward_model", pair_options(output_dir=tmp_path / "out", **on_top_of(models / base)))
-    assert losses_of(run)[-1] < 0.5 * losses_of(run)[0]
-    rows = rows_of(preferred / "test.jsonl")
+    assert run.losses[-1] < 0.5 * run.losses[0]
+    rows = json_lines(preferred / "test.jsonl")
     right = rewarded(run.folder, rows, "chosen") > rewarded(run.folder, rows, "rejected")
     assert run.manifest["metrics"]["accuracy"]["mean"] == pytest.approx(right.mean())
 
@@ -199,8 +192,8 @@ def test_a_language_model_gets_a_head_of_one_reward(base, called, pair_options, 
 def test_the_adapter_on_its_base_is_the_saved_model(base, called, pair_options, models, preferred, tmp_path):
     options = pair_options(output_dir=tmp_path / "out", use_peft=True, **on_top_of(models / base, learning_rate=2e-2))
     run = called("reward_model", options)
-    assert losses_of(run)[-1] < losses_of(run)[0]
-    rows = rows_of(preferred / "test.jsonl")
+    assert run.losses[-1] < run.losses[0]
+    rows = json_lines(preferred / "test.jsonl")
     merged = rewarded(run.folder, rows, "chosen")
     model = AutoModelForSequenceClassification.from_pretrained(
         models / base, num_labels=1, ignore_mismatched_sizes=True, pad_token_id=0
@@ -225,7 +218,7 @@ def test_the_adapter_stays_out_where_only_the_merged_model_is_wanted(called, pai
 def test_margins_groups_and_a_second_set(called, pair_options, preferred, tmp_path):
     second = {"eval_dataset_name": preferred, "eval_split": "test", "eval_group_column": "kind"}
     run = called("reward_model", pair_options(output_dir=tmp_path / "out", max_steps=5, margin_column="gap", **second))
-    rows = rows_of(preferred / "test.jsonl")
+    rows = json_lines(preferred / "test.jsonl")
     chosen, rejected = (rewarded(run.folder, rows, answer) for answer in ("chosen", "rejected"))
     with_margin = bradley_terry_loss(chosen, rejected, [row["gap"] for row in rows])
     metrics = run.manifest["metrics"]
@@ -236,7 +229,7 @@ def test_margins_groups_and_a_second_set(called, pair_options, preferred, tmp_pa
 
 
 def test_rankings_become_pairs(called, pair_options, preferred, tmp_path):
-    rows = rows_of(preferred / "train.jsonl")[:12]
+    rows = json_lines(preferred / "train.jsonl")[:12]
     rankings = [
         {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"], " w5"], "ranks": [1, 3, 2]}
         for row in rows
@@ -274,26 +267,18 @@ def test_bad_input(rows, changed, words, call_recipe, pair_options, tmp_path):
     if rows:
         changed = {"dataset_name": write(tmp_path / "rows.jsonl", rows)}
     process = call_recipe("reward_model", pair_options(output_dir=tmp_path / "out", **changed))
-    assert_refused(process, words)
+    assert_refused(process, *words)
     assert not (tmp_path / "out").exists()
 
 
 def test_targets_that_match_nothing_are_listed(call_recipe, pair_options, models, tmp_path):
     options = pair_options(output_dir=tmp_path / "out", use_peft=True, **on_top_of(models / "llama"))
     process = call_recipe("reward_model", options | {"lora_target_modules": "attention"})
-    assert_refused(process, ("lora_target_modules: ", "q_proj"))
+    assert_refused(process, "lora_target_modules: ", "q_proj")
 
 
 def test_pairs_that_are_alike_once_cut_are_refused(call_recipe, pair_options, tmp_path):
     long = " ".join(["w5"] * 40)
     rows = [{"prompt": f"w{n}", "chosen": f" w7 {long}", "rejected": f" w8 {long}"} for n in range(9)]
     options = pair_options(output_dir=tmp_path / "out", dataset_name=write(tmp_path / "rows.jsonl", rows))
-    assert_refused(call_recipe("reward_model", options), ("max_length: ", "are equal", "raise it"))
-
-
-def assert_refused(process, words):
-    assert process.returncode == 2, process.stderr
-    line = process.stderr.splitlines()[-1]
-    assert line.startswith("error: ")
-    assert "Traceback" not in process.stderr
-    assert [word for word in words if word not in line] == []
+    assert_refused(call_recipe("reward_model", options), "max_length: ", "are equal", "raise it")

@@ -1,6 +1,3 @@
-import json
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
@@ -11,16 +8,6 @@ from yunque.models.adapter import adapter_for
 from yunque.models.policy import Policy, Reference
 from yunque.rl.config import PPOConfig
 from yunque.rl.trainer import PPOTrainer
-
-GOLDEN = Path(__file__).parents[3] / "shared" / "peers" / "ppo_golden.json"
-
-
-@pytest.fixture(scope="session")
-def golden():
-    """Numbers of TRL 0.11.4, recorded by shared/peers/make_ppo_golden.py."""
-    if not GOLDEN.is_file():
-        pytest.skip(f"no {GOLDEN}")
-    return json.loads(GOLDEN.read_text())
 
 
 def _model(family, *, lora=False, dropout=0.0, lora_modules=None, **options):

@@ -1,8 +1,4 @@
-"""Our PPO against numbers recorded from TRL 0.11.4's.
-
-The recorded floats have 8 significant digits and come from float32 arithmetic: 1e-5 relative is rounding. Where a
-number is a sum that cancels, an absolute tolerance of its terms' rounding stands beside it.
-"""
+"""Our PPO against numbers recorded from TRL 0.11.4's; tests/golden.py says how near they must be."""
 
 import zlib
 from collections import namedtuple
@@ -12,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from golden import close, tensors
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, T5Config
 
 from yunque.models.adapter import adapter_for, pad
@@ -38,14 +35,7 @@ RUNS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The numbers were recorded with one thread; with two, float32 sums come out in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 POLICY_LOSS, VALUE_LOSS = -0.036504030, 1.2849971
 """Ours of causal-sgd, where one of four minibatches is skipped; TRL reports -0.0135 and 0.9992."""
@@ -54,14 +44,6 @@ LEAKLESS_ADVANTAGES = [-0.9449, -1.2307, -1.6976]
 """Ours with whiten_rewards; TRL's are -0.9696, -1.2500, -1.7041."""
 
 Tokenizer = namedtuple("Tokenizer", "pad_token_id eos_token_id model_max_length", defaults=(0, 1, 512))
-
-
-def close(ours, theirs, atol=1e-6):
-    torch.testing.assert_close(torch.as_tensor(ours).float(), torch.as_tensor(theirs).float(), rtol=1e-5, atol=atol)
-
-
-def tensors(section, *names):
-    return [torch.tensor(section[name]) for name in names]
 
 
 # --- pieces ---

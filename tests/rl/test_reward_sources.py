@@ -151,7 +151,7 @@ def test_every_kind_of_reward_is_summed_with_its_weight(module, models):
     np.testing.assert_allclose(
         given.total, sum(weight * part for weight, part in zip(weights, given.parts.values(), strict=True)), rtol=1e-6
     )
-    assert reward.measures_toxicity
+    assert reward.measures_label
 
 
 def test_a_classifier_without_a_label_takes_the_reward_s(models):
@@ -163,7 +163,7 @@ def test_a_classifier_without_a_label_takes_the_reward_s(models):
 
 def test_a_reward_model_of_one_output_needs_no_label(models):
     reward = load(reward_model_name_or_path=str(models / "scorer"), reward_label="absent")
-    assert not reward.measures_toxicity
+    assert not reward.measures_label
     assert len(set(reward.scores(QUERIES, RESPONSES, LENGTHS).total)) == 2
 
 

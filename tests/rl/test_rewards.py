@@ -89,7 +89,7 @@ def test_labels_are_found_by_name_wherever_they_stand():
     logits = usual.scorer.logits(["w3 w4"])
     assert usual_scores.total == usual_scores.parts["reward_model"] == logits[:, 0]
     assert swapped_scores.total == logits[:, 1]
-    assert usual_scores.toxicity + swapped_scores.toxicity == pytest.approx(1.0)
+    assert usual_scores.probabilities + swapped_scores.probabilities == pytest.approx(1.0)
 
 
 def test_the_reward_is_the_label_s_logit_or_its_probability():
@@ -100,7 +100,7 @@ def test_the_reward_is_the_label_s_logit_or_its_probability():
     as_probability = reward_of(reward_output="probability")
     np.testing.assert_allclose(as_probability(queries, responses), probabilities[:, 0], rtol=1e-6)
     for reward in (reward_of(), as_probability):  # the toxicity is a probability whatever the reward is
-        np.testing.assert_allclose(reward.scores(queries, responses).toxicity, probabilities[:, 1], rtol=1e-6)
+        np.testing.assert_allclose(reward.scores(queries, responses).probabilities, probabilities[:, 1], rtol=1e-6)
 
 
 def test_the_classifier_reads_query_and_response_or_the_response_alone():
@@ -132,7 +132,7 @@ def test_a_reward_model_of_one_output_scores_by_it_and_measures_no_toxicity():
         given = reward.scores(["w3", "w5"], ["w4", "w6"])
         np.testing.assert_allclose(given.total, scorer.logits(["w3 w4", "w5 w6"])[:, 0])
         assert given.total[0] != given.total[1]
-        assert given.toxicity is None
+        assert given.probabilities is None
 
 
 # --- several rewards ---
@@ -158,7 +158,7 @@ def test_the_total_is_the_weighted_sum_and_the_parts_are_not_weighted():
     np.testing.assert_array_equal(given.parts["reward_model"], alone.total)
     np.testing.assert_array_equal(given.parts["words"], [1.0, 2.0, 1.0])
     np.testing.assert_allclose(given.total, 0.5 * alone.total.astype(float) - 2.0 * np.array([1.0, 2.0, 1.0]))
-    np.testing.assert_array_equal(given.toxicity, alone.toxicity)
+    np.testing.assert_array_equal(given.probabilities, alone.probabilities)
     assert given.watch is None
 
 
@@ -166,9 +166,9 @@ def test_functions_alone_make_a_reward_without_toxicity():
     reward = weighted([3.0], further={"words": length_in_words}, model=False)
     given = reward.scores(QUERIES, RESPONSES, LENGTHS)
     np.testing.assert_array_equal(given.total, [3.0, 6.0, 3.0])
-    assert given.toxicity is None
-    assert not reward.measures_toxicity
-    assert weighted([1.0]).measures_toxicity
+    assert given.probabilities is None
+    assert not reward.measures_label
+    assert weighted([1.0]).measures_label
 
 
 def test_length_is_charged_on_both_sides_of_its_target():

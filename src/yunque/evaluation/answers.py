@@ -59,8 +59,8 @@ class HeldOut:
         texts = [self.decode(response.tokens) for response in responses]
         num_tokens = [len(response.tokens) for response in responses]
         given = self.reward.scores([self.prompts.texts[row] for row in self.rows], texts, num_tokens)
-        assert given.toxicity is not None, "recipes refuse a reward that measures nothing"
-        scored = self.trainer.gather(list(zip(texts, given.total.tolist(), given.toxicity.tolist(), strict=True)))
+        assert given.probabilities is not None, "recipes refuse a reward that measures nothing"
+        scored = self.trainer.gather(list(zip(texts, given.total.tolist(), given.probabilities.tolist(), strict=True)))
         all_texts, rewards, probabilities = (list(column) for column in zip(*scored, strict=True))
         if given.watch is not None:
             self.watch[name] = np.array(self.trainer.gather(given.watch.tolist()))

@@ -64,7 +64,7 @@ def load_toxicity_reward(args: RewardArguments, adapter: ModelAdapter, device: t
         InputError: as ``load_reward``; no classifier has the toxicity label.
     """
     reward = load_reward(args, adapter, device)
-    if not reward.measures_toxicity:
+    if not reward.measures_label:
         raise InputError(
             f"reward_model_name_or_path: toxicity is measured by a classifier with the label {args.toxicity_label!r}; "
             "give one, with weight 0 in reward_weights if it should not train"

@@ -23,12 +23,13 @@ REWARD_MODEL = "reward_model"
 class RewardScores:
     """Scores of n responses: ``total`` is trained on; ``parts`` are its summands before their weights.
 
-    All arrays are (n,). ``toxicity`` (probabilities) and ``watch`` (of the unseen scorer) are there where measured.
+    All arrays are (n,). ``probabilities`` (of the measured label: toxicity, sentiment) and ``watch`` (of the unseen
+    scorer) are there where measured.
     """
 
     total: np.ndarray
     parts: dict[str, np.ndarray]
-    toxicity: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
     watch: np.ndarray | None = None
 
 
@@ -123,17 +124,18 @@ class LabelScore:
 
 
 class ClassifierReward:
-    """Reward of one model, which is also the judge of toxicity where it has labels.
+    """Reward of one model, which also measures the probability of a label where it has labels.
 
-    A model with one output (a reward model trained on pairs) scores by it and measures no toxicity.
+    The measured label, ``toxicity_label``, may be another than the rewarded one. A model with one output (a reward
+    model trained on pairs) scores by it and measures none.
     """
 
     def __init__(self, scorer: ClassifierScorer, adapter: ModelAdapter, args: RewardArguments) -> None:
         self.scorer = scorer
         self.score = LabelScore(scorer, adapter, args, label=args.reward_label, option="reward_label")
-        self.toxic_label: int | None = None
+        self.measured_label: int | None = None
         if not scorer.has_one_output:
-            self.toxic_label = scorer.label_index(args.toxicity_label, "toxicity_label")
+            self.measured_label = scorer.label_index(args.toxicity_label, "toxicity_label")
 
     def __call__(self, queries: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         """Rewards (n,) in float32."""
@@ -142,11 +144,11 @@ class ClassifierReward:
     def scores(
         self, queries: Sequence[str], responses: Sequence[str], num_tokens: Sequence[int] | None = None
     ) -> RewardScores:
-        """Rewards, and the toxicity from the same forward pass; the number of tokens does not matter here."""
+        """Rewards and probabilities from the same forward pass; the number of tokens does not matter here."""
         logits = self.score.logits(queries, responses)
         rewards = self.score.of_logits(logits)
-        toxicity = None if self.toxic_label is None else softmax(logits)[:, self.toxic_label]
-        return RewardScores(rewards, {REWARD_MODEL: rewards}, toxicity)
+        probabilities = None if self.measured_label is None else softmax(logits)[:, self.measured_label]
+        return RewardScores(rewards, {REWARD_MODEL: rewards}, probabilities)
 
 
 class WeightedReward:
@@ -168,9 +170,9 @@ class WeightedReward:
         self.weights, self.watch = list(weights), watch
 
     @property
-    def measures_toxicity(self) -> bool:
-        """Whether the reward model is a classifier that has the label of toxicity."""
-        return self.reward_model is not None and self.reward_model.toxic_label is not None
+    def measures_label(self) -> bool:
+        """Whether the reward model is a classifier, which measures the probability of a label."""
+        return self.reward_model is not None and self.reward_model.measured_label is not None
 
     @property
     def truncated_texts(self) -> int:
@@ -181,10 +183,10 @@ class WeightedReward:
     def scores(self, queries: Sequence[str], responses: Sequence[str], num_tokens: Sequence[int]) -> RewardScores:
         """Scores of n responses in float64."""
         parts: dict[str, np.ndarray] = {}
-        toxicity = None
+        probabilities = None
         if self.reward_model is not None:
             scored = self.reward_model.scores(queries, responses)
-            parts, toxicity = scored.parts, scored.toxicity
+            parts, probabilities = scored.parts, scored.probabilities
         parts |= {name: score(queries, responses) for name, score in self.further.items()}
         total = np.zeros(len(responses))
         for weight, part in zip(self.weights, parts.values(), strict=True):
@@ -194,7 +196,7 @@ class WeightedReward:
             parts["length_penalty"] = -self.args.length_penalty * excess
             total += parts["length_penalty"]
         watch = None if self.watch is None else self.watch(queries, responses)
-        return RewardScores(total, parts, toxicity, watch)
+        return RewardScores(total, parts, probabilities, watch)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -1,6 +1,4 @@
-import json
 import warnings
-from pathlib import Path
 
 import pytest
 import tiny
@@ -14,20 +12,10 @@ from yunque.compat.trl011 import (
     PPOTrainer,
 )
 
-GOLDEN = Path(__file__).parents[4] / "shared" / "peers" / "ppo_golden.json"
-
 
 @pytest.fixture(autouse=True)
 def without_the_switch(monkeypatch):
     monkeypatch.delenv("YUNQUE_TRL011_STRICT", raising=False)
-
-
-@pytest.fixture(scope="session")
-def golden():
-    """Numbers of TRL 0.11.4, recorded by shared/peers/make_ppo_golden.py."""
-    if not GOLDEN.is_file():
-        pytest.skip(f"no {GOLDEN}")
-    return json.loads(GOLDEN.read_text())
 
 
 def _lora(model, *, trained):

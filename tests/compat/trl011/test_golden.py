@@ -1,14 +1,11 @@
-"""The façade, strict, against numbers recorded from TRL 0.11.4: every piece, and whole steps from its own pieces.
-
-Tolerances are those of tests/rl/test_golden.py: 1e-5 relative is float32's rounding, and sums that cancel have the
-rounding of their terms beside it.
-"""
+"""The façade, strict, against numbers recorded from TRL 0.11.4: every piece, and whole steps from its own pieces."""
 
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from golden import close, tensors
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, T5Config
 
 from yunque.compat.trl011 import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, core
@@ -18,20 +15,7 @@ from yunque.compat.trl011.trainer import AdaptiveKLController, PPOTrainer
 RUNS = ["causal-sgd", "causal-adam", "causal-accumulated", "causal-full-kl", "seq2seq", "seq2seq-kept", "seq2seq-adam"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def close(ours, theirs, atol=1e-6):
-    torch.testing.assert_close(torch.as_tensor(ours).float(), torch.as_tensor(theirs).float(), rtol=1e-5, atol=atol)
-
-
-def tensors(section, *names):
-    return [torch.tensor(section[name]) for name in names]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def bare(**options):

@@ -24,6 +24,6 @@ def value(engine, name, **labels):
     return engine.metrics.all.registry.get_sample_value(f"yunque_{name}", {"model": engine.metrics.model} | labels)
 
 
-async def answers(engine, *requests):
+async def answered(engine, *requests):
     """The first request's texts and events when all are done."""
     return (await asyncio.gather(*(collect(engine.submit(request)) for request in requests)))[0]

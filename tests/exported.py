@@ -12,8 +12,10 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen2Tokenizer, Qwen3Config
 
+from yunque.compression.schemes import PrecisionPlan, layer_scheme
 from yunque.export.arguments import ExportArguments
-from yunque.export.folder import export
+from yunque.export.folder import export, write_folder
+from yunque.export.source import load_source
 from yunque.runtime import load
 
 MANY_WORDS = 40
@@ -124,6 +126,12 @@ class Exported:
     @functools.cached_property
     def runtime(self):
         return load(self.folder, threads=1)
+
+    def as_int8(self, folder):
+        """The runtime of its graphs in int8, written to ``folder``."""
+        plan = PrecisionPlan(layer_scheme("onnx_int8_dynamic"))
+        write_folder(load_source(str(self.source), "main", False), folder, plan)
+        return load(folder, threads=1, verify="none")
 
 
 def sentence(rng, longest=12):

@@ -5,10 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from yunque.compression.schemes import PrecisionPlan, layer_scheme
-from yunque.export.folder import write_folder
-from yunque.export.source import load_source
-from yunque.runtime import Batch, GenerationOptions, load, sampling
+from yunque.runtime import Batch, GenerationOptions, sampling
 
 NEW = 24
 
@@ -38,11 +35,8 @@ def logits_by_request(model, ids, joins, monkeypatch):
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 @pytest.mark.parametrize("name", ["t5_gated", "bart_untied", "gpt2", "llama_grouped"])
 def test_logits_are_the_same_bits_in_any_batch(exported, name, precision, tmp_path, monkeypatch):
-    model = exported(name).runtime
-    if precision == "int8":
-        plan = PrecisionPlan(layer_scheme("onnx_int8_dynamic"))
-        write_folder(load_source(str(exported(name).source), "main", False), tmp_path, plan)
-        model = load(tmp_path, threads=1, verify="none")
+    made = exported(name)
+    model = made.as_int8(tmp_path) if precision == "int8" else made.runtime
     rng = random.Random(0)
     # Widths around whole vectors: 15, 16, 17 and the like.
     lengths = [1, 40, 15, 2, 16, 17, 5, 33, 31, 8, 3, 30]

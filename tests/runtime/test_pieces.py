@@ -6,10 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from yunque.compression.schemes import PrecisionPlan, layer_scheme
-from yunque.export.folder import write_folder
-from yunque.export.source import load_source
-from yunque.runtime import GenerationOptions, load
+from yunque.runtime import GenerationOptions
 from yunque.runtime.models import Seq2SeqModel
 from yunque.runtime.pieces import PromptReader
 from yunque.runtime.rows import Rows
@@ -30,11 +27,8 @@ def finish(batch, found):
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 @pytest.mark.parametrize("name", ["llama", "llama_grouped", "llama_scaled", "gpt2", "mistral", "qwen3"])
 def test_pieces_give_the_same_bits_and_texts(exported, name, precision, tmp_path):
-    model = exported(name).runtime
-    if precision == "int8":
-        plan = PrecisionPlan(layer_scheme("onnx_int8_dynamic"))
-        write_folder(load_source(str(exported(name).source), "main", False), tmp_path, plan)
-        model = load(tmp_path, threads=1, verify="none")
+    made = exported(name)
+    model = made.as_int8(tmp_path) if precision == "int8" else made.runtime
     rng = random.Random(0)
     for length, most in ((50, 16), (49, 40), (48, 16), (16, 16), (5, 1)):
         prompt = [rng.randrange(3, 64) for _ in range(length)]

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from engines import ENDLESS, answers, collect, value
+from engines import ENDLESS, answered, collect, value
 
 from yunque.errors import InputError
 from yunque.runtime import Batch, GenerationOptions
@@ -58,7 +58,7 @@ def test_a_request_for_several_texts_gets_them_by_seed(engine, exported, prompts
     made = exported("t5").runtime
     row = made.encode(prompts[:1])[0]
     option = GenerationOptions(max_new_tokens=12, do_sample=True, temperature=2.0, seed=7, eos_token_ids=())
-    texts, _ = asyncio.run(answers(engine("t5", max_rows=2), Request(prompt=row, options=option, n=3)))
+    texts, _ = asyncio.run(answered(engine("t5", max_rows=2), Request(prompt=row, options=option, n=3)))
     alone = [made.generate([row], replace(option, seed=seed))[0].tokens for seed in (7, 8, 9)]
     assert [tokens for _, tokens, _ in texts] == alone
     assert len({tuple(tokens) for tokens in alone}) == 3
@@ -73,7 +73,7 @@ def test_stop_strings_are_never_shown(engine, exported, prompts):
     end = free.text.index(stop)
     option = replace(ENDLESS, stop=("never", stop))
     served = engine("llama", max_rows=2)
-    texts, events = asyncio.run(answers(served, Request(prompt=row, options=option)))
+    texts, events = asyncio.run(answered(served, Request(prompt=row, options=option)))
     assert texts == [(free.text[:end], free.tokens[:7], ["stop"])]
     shown = ""
     for event in events:
@@ -167,7 +167,7 @@ def test_a_full_queue_refuses_with_the_seconds_to_wait(engine, exported, prompts
     assert asyncio.run(run()) == [["length"]] * 3
     assert value(served, "refused_total", reason="queue_full") == 1
     with pytest.raises(InputError, match="n: 3"):
-        asyncio.run(answers(served, replace(request, n=3)))
+        asyncio.run(answered(served, replace(request, n=3)))
 
 
 def test_draining_finishes_what_was_accepted(engine, exported, prompts, gate):
@@ -302,7 +302,7 @@ def test_caches_stay_within_the_budget(engine, exported, prompts):
     for row, new, tokens in zip(ids, lengths, answers, strict=True):
         assert tokens == made.generate([row], replace(ENDLESS, max_new_tokens=new))[0].tokens
     with pytest.raises(InputError, match="max_tokens"):
-        asyncio.run(answers(served, Request(prompt=[3] * 100, options=replace(ENDLESS, max_new_tokens=200))))
+        asyncio.run(answered(served, Request(prompt=[3] * 100, options=replace(ENDLESS, max_new_tokens=200))))
 
 
 def test_a_budget_that_holds_no_text_is_refused(engine):
@@ -320,7 +320,7 @@ def test_impossible_requests_are_refused(engine):
         ([3], GenerationOptions(num_beams=2), "num_beams"),
     ):
         with pytest.raises(InputError, match=message):
-            asyncio.run(answers(served, Request(prompt=prompt, options=options)))
+            asyncio.run(answered(served, Request(prompt=prompt, options=options)))
 
 
 def test_closing_ends_what_is_unfinished(engine, exported, prompts, gate):

@@ -12,7 +12,6 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Match, Route
@@ -23,7 +22,7 @@ from yunque.serving.generation import ClientGone, Told
 from yunque.serving.page import page_routes
 from yunque.serving.problems import Problem
 from yunque.serving.routes import OPERATIONS, Access
-from yunque.serving.security import request_id
+from yunque.serving.security import check_host, request_id
 from yunque.serving.service import Service
 from yunque.serving.settings import ServerSettings
 
@@ -44,8 +43,6 @@ def create_app(settings: ServerSettings) -> Starlette:
     pages = page_routes() if settings.playground else []
     access |= dict.fromkeys(("/openapi.json", *(page.path for page in pages)), "open")
     middleware = [Middleware(_Front, service=service, routes=[*routes, *pages], access=access)]
-    if settings.allowed_hosts:
-        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=settings.allowed_hosts))
     if settings.cors_origins:
         # Outermost: a preflight request carries no key.
         cors = Middleware(
@@ -144,12 +141,13 @@ class _Front:
         """Let a request pass, before its body is read.
 
         Raises:
-            Problem: 401, 431, 503.
+            Problem: 400, 401, 431, 503.
         """
         access = self._access.get(route, "key") if route else "key"  # what is not known to be open needs a key
         service = self._service
         if sum(len(name) + len(value) for name, value in headers) > service.settings.max_header_bytes:
             raise Problem(431, "the headers are too large", code="headers_too_large")
+        check_host(headers, service.settings.allowed_hosts)
         given = [value for name, value in headers if name == b"authorization"]
         if access == "admin":
             service.admin_keys.check(given)

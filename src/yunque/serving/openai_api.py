@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from yunque.serving import schemas
+from yunque.serving import exchange, schemas
 from yunque.serving.chat import ChatRefused
 from yunque.serving.generation import (
     Choice,
@@ -23,27 +23,19 @@ from yunque.serving.generation import (
     finite,
     sampled,
     told,
-    while_connected,
 )
 from yunque.serving.models import Served, UnknownModel
 from yunque.serving.problems import Problem
 from yunque.serving.requests import Event, TokenLogprob, TopLogprob
-from yunque.serving.security import parse, read_body
 from yunque.serving.service import Service
-from yunque.serving.sse import EventStream, event
+from yunque.serving.sse import event
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
 
 
-def manifest_header(served: Served) -> dict[str, str]:
-    """Which model folder answered."""
-    return {"x-yunque-manifest": served.manifest_sha256}
-
-
 async def completions(request: Request) -> Response:
     """Continue texts."""
-    service: Service = request.app.state.service
-    wanted = parse(schemas.CompletionRequest, await read_body(request, service.settings.max_body_bytes))
+    service, wanted = await exchange.read(request, schemas.CompletionRequest)
     served = service.model(wanted.model, generates=True)
     prompts = await _prompts(served, wanted.prompt)
     told(request).texts["prompts"] = wanted.prompt
@@ -52,17 +44,12 @@ async def completions(request: Request) -> Response:
     check_prompts(served, prompts, service.settings, "prompt")
     running = _job(request, served, prompts, wanted, tokens, wanted.logprobs).submit()
     form = _Completions(running.job, wanted)
-    if wanted.stream:
-        return EventStream(running, form.stream(running), manifest_header(served))
-    with running:
-        choices = await while_connected(request, running.choices())
-    return _json(form.whole(choices), served)
+    return await exchange.answer(request, running, form.stream if wanted.stream else None, form.whole)
 
 
 async def chat_completions(request: Request) -> Response:
     """Continue a conversation."""
-    service: Service = request.app.state.service
-    wanted = parse(schemas.ChatRequest, await read_body(request, service.settings.max_body_bytes))
+    service, wanted = await exchange.read(request, schemas.ChatRequest)
     served = service.model(wanted.model, generates=True)
     if wanted.top_logprobs and not wanted.logprobs:
         raise Problem(400, "top_logprobs: needs logprobs: true", param="top_logprobs", code="invalid_value")
@@ -83,11 +70,7 @@ async def chat_completions(request: Request) -> Response:
     top = (wanted.top_logprobs or 0) if wanted.logprobs else None
     running = _job(request, served, prompts, wanted, tokens, top).submit()
     form = _Chats(running.job, wanted)
-    if wanted.stream:
-        return EventStream(running, form.stream(running), manifest_header(served))
-    with running:
-        choices = await while_connected(request, running.choices())
-    return _json(form.whole(choices), served)
+    return await exchange.answer(request, running, form.stream if wanted.stream else None, form.whole)
 
 
 async def models(request: Request) -> Response:
@@ -106,7 +89,7 @@ async def model(request: Request) -> Response:
         served = service.registry.get(request.path_params["model"])
     except UnknownModel as error:
         raise Problem(404, str(error), param="model", code="model_not_found") from error
-    return _json(_model(served).model_dump(), served)
+    return exchange.json(_model(served).model_dump(), served)
 
 
 def _model(served: Served) -> schemas.Model:
@@ -118,10 +101,6 @@ def _model(served: Served) -> schemas.Model:
             "manifest_sha256": served.manifest_sha256,
         }
     )
-
-
-def _json(content: dict[str, Any], served: Served) -> JSONResponse:
-    return JSONResponse(content, headers=manifest_header(served))
 
 
 async def _prompts(served: Served, prompt: Any) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -12,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from yunque.errors import InputError
 from yunque.runtime import GenerationOptions
-from yunque.serving import problems, schemas
+from yunque.serving import exchange, problems, schemas
 from yunque.serving.classifier_engine import ClassifierEngine
 from yunque.serving.generation import (
     Choice,
@@ -27,20 +28,16 @@ from yunque.serving.generation import (
     told,
     while_connected,
 )
-from yunque.serving.openai_api import manifest_header
 from yunque.serving.problems import Problem
 from yunque.serving.requests import DeadlinePassed, Refused
-from yunque.serving.security import parse, read_body
-from yunque.serving.service import Service
-from yunque.serving.sse import EventStream, event
+from yunque.serving.sse import event
 
 _GENERATE_TOKENS = 64
 
 
 async def generate(request: Request) -> Response:
     """Answer prompts with the runtime's own options."""
-    service: Service = request.app.state.service
-    wanted = parse(schemas.GenerateRequest, await read_body(request, service.settings.max_body_bytes))
+    service, wanted = await exchange.read(request, schemas.GenerateRequest)
     served = service.model(wanted.model, generates=True)
     texts = [wanted.prompt] if isinstance(wanted.prompt, str) else wanted.prompt
     told(request).texts["prompts"] = texts
@@ -55,14 +52,13 @@ async def generate(request: Request) -> Response:
         raise refusal(error) from error
     limit_s = deadline_s(request, wanted.timeout, service.settings)
     running = Job(served, prompts, options, 1, limit_s, service.guard(), told(request)).submit()
-    if wanted.stream:
-        return EventStream(running, _stream(running), manifest_header(served))
-    with running:
-        choices = await while_connected(request, running.choices())
-    answers = [_answer(running.job, number, choice) for number, choice in enumerate(choices)]
-    head = {"model": served.name, "manifest_sha256": served.manifest_sha256}
-    usage = running.job.usage(choices).model_dump()
-    return JSONResponse({**head, "answers": answers, "usage": usage}, headers=manifest_header(served))
+    return await exchange.answer(request, running, _stream if wanted.stream else None, partial(_whole, running.job))
+
+
+def _whole(job: Job, choices: list[Choice]) -> dict[str, Any]:
+    head = {"model": job.served.name, "manifest_sha256": job.served.manifest_sha256}
+    answers = [_answer(job, number, choice) for number, choice in enumerate(choices)]
+    return {**head, "answers": answers, "usage": job.usage(choices).model_dump()}
 
 
 def _answer(job: Job, number: int, choice: Choice) -> dict[str, Any]:
@@ -94,8 +90,7 @@ async def _stream(running: Running) -> AsyncGenerator[bytes, None]:
 
 async def classify(request: Request) -> Response:
     """Label texts."""
-    service: Service = request.app.state.service
-    wanted = parse(schemas.ClassifyRequest, await read_body(request, service.settings.max_body_bytes))
+    service, wanted = await exchange.read(request, schemas.ClassifyRequest)
     served = service.model(wanted.model, generates=False)
     texts = [wanted.text] if isinstance(wanted.text, str) else wanted.text
     if len(texts) > service.settings.max_texts:
@@ -118,7 +113,7 @@ async def classify(request: Request) -> Response:
         raise problems.deadline() from error
     results = [{"label": _best(each), "probabilities": each} for each in found]
     content = {"model": served.name, "manifest_sha256": served.manifest_sha256, "results": results}
-    return JSONResponse(content, headers=manifest_header(served))
+    return exchange.json(content, served)
 
 
 def _best(probabilities: dict[str, float]) -> str:
@@ -127,12 +122,11 @@ def _best(probabilities: dict[str, float]) -> str:
 
 async def swap(request: Request) -> Response:
     """Serve a model from another configured folder, or from its own read again."""
-    service: Service = request.app.state.service
-    wanted = parse(schemas.SwapRequest, await read_body(request, service.settings.max_body_bytes))
+    service, wanted = await exchange.read(request, schemas.SwapRequest)
     service.check_ready()
     served = await asyncio.to_thread(service.swap, wanted.model, wanted.folder)
     content = {"model": served.name, "manifest_sha256": served.manifest_sha256}
-    return JSONResponse(content, headers=manifest_header(served))
+    return exchange.json(content, served)
 
 
 async def health(request: Request) -> Response:

@@ -6,7 +6,7 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -82,6 +82,23 @@ def read_keys(file: Path | None, variable: str, option: str) -> list[str]:
             "make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
         )
     return keys
+
+
+def check_host(headers: Iterable[tuple[bytes, bytes]], allowed: Collection[str]) -> None:
+    """Check the host that a request names; ``allowed`` are names, or ``*.name`` for all below it; all when empty.
+
+    A page that lets its own name point to this machine is told apart by it (DNS rebinding).
+
+    Raises:
+        Problem: 400, none of these.
+    """
+    host = next((value.decode("latin-1") for name, value in headers if name == b"host"), "")
+    name = re.sub(r":\d+$", "", host).lower()
+    if allowed and not any(
+        name == each or each == "*" or (each.startswith("*.") and name.endswith(each[1:]))
+        for each in map(str.lower, allowed)
+    ):
+        raise Problem(400, "this server does not answer to the host of the Host header", code="invalid_host")
 
 
 def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:

@@ -62,7 +62,7 @@ SHORTER = {
     r"compress/prune\.py": "--calibration_samples 8 --max_test_samples 8",
     r"--scheme mixed": "--max_search_samples 16 --max_verdict_samples 16 --sensitivity_prompts 8",
     r"compress/pipeline\.py(?!.*--status)": "--step finetune",
-    r"yunque matrix experiments.yaml": "--dry_run",  # twelve evaluations; the page's other matrix is run
+    r"yunque matrix": "--dry_run",  # many evaluations, each of which is checked
     r"serve/loadtest\.py .*--rates": "--rates 2 --duration 3 --warmup 1",
 }
 """Patterns of long commands, and the options that are added to them."""

@@ -6,8 +6,8 @@
 
 The tutorial goes first, and every other page begins with the outputs that the tutorial left. What ran is written into
 `documents_run.json` beside this file, and a fast test fails where a page has a command that is neither in there nor in
-`LEFT_OUT`: a command that was changed has to be run again. One that waits for its first run stands there with null, which
-the test reports. Real data are taken from `../shared` of the checkout.
+`LEFT_OUT`: a command that was changed has to be run again. One that waits for its first run stands there with null,
+which the test reports. Real data are taken from `../shared` of the checkout.
 """
 
 import argparse

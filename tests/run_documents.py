@@ -6,7 +6,8 @@
 
 The tutorial goes first, and every other page begins with the outputs that the tutorial left. What ran is written into
 `documents_run.json` beside this file, and a fast test fails where a page has a command that is neither in there nor in
-`LEFT_OUT`: a command that was changed has to be run again. Real data are taken from `../shared` of the checkout.
+`LEFT_OUT`: a command that was changed has to be run again. One that waits for its first run stands there with null,
+which the test reports. Real data are taken from `../shared` of the checkout.
 """
 
 import argparse
@@ -62,7 +63,7 @@ SHORTER = {
     r"compress/prune\.py": "--calibration_samples 8 --max_test_samples 8",
     r"--scheme mixed": "--max_search_samples 16 --max_verdict_samples 16 --sensitivity_prompts 8",
     r"compress/pipeline\.py(?!.*--status)": "--step finetune",
-    r"yunque matrix experiments.yaml": "--dry_run",  # twelve evaluations; the page's other matrix is run
+    r"yunque matrix": "--dry_run",  # many evaluations, each of which is checked
     r"serve/loadtest\.py .*--rates": "--rates 2 --duration 3 --warmup 1",
 }
 """Patterns of long commands, and the options that are added to them."""
@@ -206,9 +207,10 @@ class Scratch:
 def run_page(scratch, page, record, only):
     """Run those commands of a page in which `only` is found; the number that failed. The record keeps what did not."""
     wanted = [command for command in commands(page) if reason(command) is None]
+    ran = record[page.name] = {
+        command: record[page.name][command] for command in wanted if command in record[page.name]
+    }
     todo = [command for command in wanted if re.search(only, command)]
-    former = record.pop(page.name, {})
-    record |= {page.name: {command: former[command] for command in wanted if command in former and command not in todo}}
     failed = 0
     if not todo:
         return failed
@@ -222,13 +224,26 @@ def run_page(scratch, page, record, only):
             code, said = "none", str(error)
         seconds = round(time.monotonic() - began, 1)
         if code in allowed(command):
-            record[page.name][command] = {"date": str(datetime.date.today()), "seconds": seconds}
+            ran[command] = {"date": str(datetime.date.today()), "seconds": seconds}
             print(f"ok {seconds} s: {page.name}: {shortened(command)}", flush=True)
         else:
+            ran.pop(command, None)
             failed += 1
             print(f"FAILED, exit code {code}: {page.name}: {shortened(command)}\n{said}", flush=True)
+        write(record)
     scratch.end(page.name)
     return failed
+
+
+def read_record(pages):
+    """What ran of the pages there are, in their order."""
+    content = json.loads(RECORD.read_text(encoding="utf-8"))
+    return {page.name: content.get(page.name, {}) for page in in_order(pages)}
+
+
+def write(record):
+    content = {page: ran for page, ran in record.items() if ran}
+    RECORD.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def in_order(pages):
@@ -242,17 +257,14 @@ def main():
     parser.add_argument("--folder", type=Path, help="keep the scratch copy here, and find the tutorial's outputs in it")
     args = parser.parse_args()
     pages = in_order(documents.read(path) for path in PAGES)
+    record = read_record(pages)
     folder = args.folder or Path(tempfile.mkdtemp(prefix="documents-"))
     scratch = Scratch(folder)
     wanted = [page for page in pages if not args.pages or page.name in args.pages]
     if args.pages and TUTORIAL not in args.pages and not scratch.kept.exists():
         wanted = [page for page in pages if page.name == TUTORIAL] + wanted
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
-    failed = 0
-    for page in wanted:
-        failed += run_page(scratch, page, record, args.only)
-        record = {each.name: record[each.name] for each in pages if record.get(each.name)}
-        RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    failed = sum(run_page(scratch, page, record, args.only) for page in wanted)
+    write(record)
     if args.folder is None:
         shutil.rmtree(folder)
     sys.exit(f"{failed} commands failed" if failed else 0)

@@ -16,8 +16,11 @@ record = json.loads(run_documents.RECORD.read_text(encoding="utf-8"))
 @pytest.mark.parametrize("page", pages, ids=lambda page: page.name)
 def test_commands_ran_or_are_left_out(page):
     wanted = {command for command in run_documents.commands(page) if run_documents.reason(command) is None}
-    new, gone = wanted - record.get(page.name, {}).keys(), record.get(page.name, {}).keys() - wanted
+    ran = record.get(page.name, {})
+    new, gone = wanted - ran.keys(), ran.keys() - wanted
     assert not new | gone, f"python tests/run_documents.py {page.name}: not run: {sorted(new)}; gone: {sorted(gone)}"
+    if waiting := [command for command, how in ran.items() if how is None]:
+        pytest.xfail(f"{len(waiting)} commands wait for their first run: {'; '.join(waiting)}")
 
 
 def test_the_record_has_no_other_pages():
@@ -92,18 +95,19 @@ class Scripted:
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_documents, "RECORD", tmp_path / "record.json")
     (tmp_path / "page.md").write_text("# A\n\n    yunque show A\n    yunque show B\n    yunque show C ...\n")
     monkeypatch.setattr(documents, "ROOT", tmp_path)
     return documents.read(tmp_path / "page.md")
 
 
 def test_the_record_keeps_what_did_not_fail(page):
-    record = {"page.md": {"yunque show B": {}, "yunque show GONE": {}}, "other.md": {"make": {}}}
+    record = {"page.md": {"yunque show B": {}, "yunque show GONE": {}}, "other.md": {"make": {}}, "empty.md": {}}
     scratch = Scripted({"yunque show A": 0, "yunque show B": 2})
     assert run_documents.run_page(scratch, page, record, "") == 1
     assert scratch.ran == ["yunque show A", "yunque show B"]
     assert record["page.md"].keys() == {"yunque show A"}
-    assert record["other.md"] == {"make": {}}
+    assert json.loads(run_documents.RECORD.read_text()) == {"page.md": record["page.md"], "other.md": {"make": {}}}
 
 
 def test_only_some_are_run_and_the_others_stay_on_record(page):

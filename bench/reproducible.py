@@ -27,7 +27,7 @@ KEYS_LEFT_OUT = {
     *("created", "seconds", "ready_s", "answered_s", "train_wall_s", "train_cpu_s", "train_runtime"),  # times
     *("train_samples_per_second", "train_steps_per_second", "samples_per_s"),  # throughput
     "peak_memory_bytes",
-    "speed",  # all three, of an evaluation
+    *("speed", "costs"),  # all three, of an evaluation
     *("manifest_sha256", "identity"),  # hashes of files with times
     "git_commit",  # the checkout may change while the runs last
 }

@@ -5,11 +5,10 @@
     python bench/serve_generation.py --pruned                   # ours: whole, heads and neurons pruned, masked 2:4
 
 Models are flan-t5-small (77 M) and SmolLM-135M in shape, of random weights, made once under --home. Every engine is a
-process that is stopped (SIGSTOP) while another one is timed; a round times each of them once, and the median over
---repeats rounds counts, so a slow minute of the machine meets all alike. The whole call is timed (encoder or prompt
-included) after a warm-up of the same size. others_share is the largest share of the machine that other processes took
-during a timed call: above some 0.1 wall times mean little; tokens_cpu_s, per second of the engine's own CPU time, stays
-comparable with --threads 1. Writes results.json and results.md to --home.
+process that is stopped (SIGSTOP) while another is timed; a round times each once, and the median over --repeats rounds
+counts, so a slow minute of the machine meets all alike. The whole call is timed (encoder or prompt included) after a
+warm-up of the same size. others_share is the largest share of the machine that other processes took during a timed
+call: above some 0.1 wall times mean little; tokens_cpu_s (of the engine's own CPU time) then serves, with --threads 1.
 """
 
 from __future__ import annotations
@@ -107,13 +106,14 @@ def export_model(engine: str, source: Path, folder: Path) -> None:
 
 
 def export_static(source: Path, folder: Path) -> None:
-    """With ranges of the inputs that were measured on prompts, which here are as random as the model."""
-    texts, pick = folder.with_suffix(".jsonl"), random.Random(0)
-    rows = [" ".join(f"w{pick.randrange(300, 30000)}" for _ in range(PROMPT_TOKENS)) for _ in range(16)]
+    """With ranges of the inputs from a few prompts, which are as random as the model."""
+    texts, pick = folder.with_suffix(".jsonl").absolute(), random.Random(0)
+    rows = [" ".join(f"w{pick.randrange(300, 30000)}" for _ in range(PROMPT_TOKENS)) for _ in range(4)]
     texts.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    options = {
+    options: dict[str, Any] = {
         "model_name_or_path": source.absolute(), "scheme": "onnx_int8_static", "output_dir": folder.absolute(),
-        "calibration_dataset": texts.absolute(), "calibration_text_column": "text", "calibration_samples": len(rows),
+        "calibration_dataset": texts, "calibration_text_column": "text", "calibration_samples": len(rows),
+        "calibration_new_tokens": 4, "parity_prompts": 1, "parity_tokens": 4,
     }  # fmt: skip
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     subprocess.run([sys.executable, "compress/quantize.py", *words], check=True, stdout=sys.stderr, cwd=ROOT)

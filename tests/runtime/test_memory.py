@@ -26,6 +26,10 @@ def huge_kilobytes(address):
     return 0
 
 
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * mmap.PAGESIZE
+
+
 def test_memory_of_the_weights_lies_on_large_pages_unchanged():
     if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="utf-8"):
         pytest.skip("large pages are off")
@@ -52,3 +56,18 @@ def test_zeros_begin_on_a_boundary(shape, edge):
         assert not array.any()
         array[...] = number
     assert [int(array.max()) for array in found] == [int(array.min()) for array in found] == [0, 1, 2, 3, 4]
+
+
+def test_rows_that_are_touched_have_their_memory(exported):
+    model = exported("t5").runtime
+    rows = model.new_rows()
+    model.begin(rows, [[5, 6, 7]] * 2, [9] * 2)
+    rows.reserve(64, 4096, 1024)
+    logits = rows.logits[:2].copy()
+    before = resident_bytes()
+    rows.touch()
+    wanted = 0.7 * (rows.bytes_for(*rows.capacity) - rows.logits.nbytes)
+    assert resident_bytes() - before > wanted
+    rows.step(np.array([3, 3]))
+    assert np.isfinite(rows.logits[:2]).all()
+    assert (rows.logits[:2] != logits).any()

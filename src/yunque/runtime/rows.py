@@ -137,9 +137,10 @@ class Rows:
         return 4 * (numbers + count * self.logits.shape[1])
 
     def touch(self) -> None:
-        """Write to the buffers of the past, so that the system really gives their memory."""
-        for array in self._past.values():
+        """Write to what no row uses yet, so that the system really gives its memory, now rather than one day."""
+        for array in (*self._past.values(), *self._cross.values()):
             array[self.count :] = 0
+        for array in self._past.values():
             array[:, :, int(self.lengths[: self.count].max(initial=0)) :] = 0
 
     @property

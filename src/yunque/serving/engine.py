@@ -15,6 +15,7 @@ from yunque.errors import InputError
 from yunque.runtime.batch import Batch, Step, new_tokens, sizes
 from yunque.runtime.models import CausalModel, Seq2SeqModel
 from yunque.runtime.pieces import PromptReader
+from yunque.runtime.rows import Rows
 from yunque.serving.engine_settings import EngineSettings
 from yunque.serving.fair_queue import FairQueue
 from yunque.serving.metrics import EngineMetrics
@@ -53,6 +54,7 @@ class Engine(Worker[RowText]):
         self._rows: dict[int, RowText] = {}  # in the batch, by number
         self._numbers = itertools.count()
         self._batch: Batch | None = None
+        self._settled = (0, 0, 0)  # sizes of its buffers whose memory is there
         self._outbox = Outbox()
         self._failed = ""
         self._failures = 0
@@ -207,6 +209,7 @@ class Engine(Worker[RowText]):
         assert self.capacity is not None
         self._batch = self.model.new_batch()
         self._batch.rows.most = self.capacity.max_rows
+        self._settled = self._batch.rows.capacity
         self.metrics.cache_bytes.set(0)
 
     def _renew_if_grown(self) -> None:
@@ -391,9 +394,16 @@ class Engine(Worker[RowText]):
             self.metrics.queue_s.observe(now - row.arrived)
             self.metrics.prompt_tokens.inc(len(row.prompt))
         self._forget(group)
-        self.metrics.cache_bytes.set(self._batch.rows.bytes_for(*self._batch.rows.capacity))
+        self._settle(self._batch.rows)
         self._hand_out(self._batch.step(), time.perf_counter())
         self._outbox.send()
+
+    def _settle(self, rows: Rows) -> None:
+        """Take the memory of buffers that have grown at once: from then on the process has its size."""
+        if rows.capacity != self._settled:
+            rows.touch()
+            self._settled = rows.capacity
+            self.metrics.cache_bytes.set(rows.bytes_for(*rows.capacity))
 
     # --- handing out --------------------------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ def test_equal_runs_are_equal_and_not_walked_a_third_time(write, calls):
 
 def test_every_place_where_runs_differ_is_named(write, repository):
     script = repository / "recipes" / "step.py"
-    script.write_text(STEP.replace("above + args.text", "str(time.time())").replace("0.25}", "time.time()}"))
+    script.write_text(STEP.replace("above + args.text", "f'{time.time():.6f}'").replace("0.25}", "time.time()}"))
     code, lines = reproducible(write({"a": step(text="1")}), "out", 120)
     assert code == 1
     differing = [line.split(": ")[1] for line in lines if line.startswith("differs: ")]

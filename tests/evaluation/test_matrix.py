@@ -178,7 +178,7 @@ def test_the_examples_of_the_documentation_are_read(tmp_path):
         for run in matrix.runs:
             _parse(path, run)
         found.append((len(matrix.runs), matrix.varied))
-    assert found == [(4, ["model"]), (12, ["model", "prompt", "decoding"])]
+    assert found == [(3, ["model"]), (12, ["model", "prompt", "decoding"])]
 
 
 def test_the_command_on_tiny_models_for_real_the_gate_passes_the_copy_and_rejects_the_other(

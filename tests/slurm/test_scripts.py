@@ -334,7 +334,7 @@ def test_threads_are_the_task_s_cores_shared_by_its_processes(script, python):
 def _written_commands():
     """Command lines of submit.sh that the guide and the scripts' headers give."""
     files = [ROOT / "docs" / "slurm.md", *sorted((ROOT / "slurm").glob("*.s*"))]
-    lines = [line for path in files for line in path.read_text().splitlines()]
+    lines = [line for path in files for line in path.read_text().replace("\\\n", " ").splitlines()]
     found = (re.match(r"(?:#  |    )? *(?:python \S+ )?slurm/submit.sh ([^\[#]+)(#.*)?$", line) for line in lines)
     return [match[1].strip() for match in found if match]
 

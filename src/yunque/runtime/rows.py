@@ -137,11 +137,16 @@ class Rows:
         return 4 * (numbers + count * self.logits.shape[1])
 
     def touch(self) -> None:
-        """Write to what no row uses yet, so that the system really gives its memory, now rather than one day."""
-        for array in (*self._past.values(), *self._cross.values()):
-            array[self.count :] = 0
+        """Write to all that no token uses yet, so that the system really gives its memory."""
+        self.touch_rows(self.count, len(self.lengths))
         for array in self._past.values():
             array[:, :, int(self.lengths[: self.count].max(initial=0)) :] = 0
+
+    def touch_rows(self, first: int, last: int) -> None:
+        """As ``touch``, for some of the rows from ``count`` on."""
+        assert first >= self.count
+        for array in (*self._past.values(), *self._cross.values()):
+            array[first:last] = 0
 
     @property
     def capacity(self) -> tuple[int, int, int]:

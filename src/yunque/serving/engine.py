@@ -54,7 +54,8 @@ class Engine(Worker[RowText]):
         self._rows: dict[int, RowText] = {}  # in the batch, by number
         self._numbers = itertools.count()
         self._batch: Batch | None = None
-        self._settled = (0, 0, 0)  # sizes of its buffers whose memory is there
+        self._settled = (0, 0, 0)  # sizes of its buffers, whose rows have memory up to ...
+        self._untouched = 0
         self._outbox = Outbox()
         self._failed = ""
         self._failures = 0
@@ -186,6 +187,7 @@ class Engine(Worker[RowText]):
         self.metrics.step_s.observe(now - begin)
         self.metrics.batch_size.observe(len(step.requests))
         self._hand_out(step, now)
+        self._settle(self._batch.rows)
         if not self._rows:
             self._renew_if_grown()
 
@@ -394,16 +396,17 @@ class Engine(Worker[RowText]):
             self.metrics.queue_s.observe(now - row.arrived)
             self.metrics.prompt_tokens.inc(len(row.prompt))
         self._forget(group)
-        self._settle(self._batch.rows)
         self._hand_out(self._batch.step(), time.perf_counter())
         self._outbox.send()
 
     def _settle(self, rows: Rows) -> None:
-        """Take the memory of buffers that have grown at once: from then on the process has its size."""
+        """Take the memory of buffers that have grown, a row at a time: soon the process has its size for good."""
         if rows.capacity != self._settled:
-            rows.touch()
-            self._settled = rows.capacity
+            self._settled, self._untouched = rows.capacity, rows.count
             self.metrics.cache_bytes.set(rows.bytes_for(*rows.capacity))
+        first = max(self._untouched, rows.count)
+        rows.touch_rows(first, first + 1)
+        self._untouched = first + 1
 
     # --- handing out --------------------------------------------------------------------------------------------------
 

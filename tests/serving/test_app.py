@@ -382,7 +382,7 @@ def test_texts_are_in_the_log_only_when_asked_for(client, service, engine, capfd
     def told():
         nonlocal written
         written += capfd.readouterr().err
-        return '"status": 500' in written
+        return '"status": 500' in written and '"event": "failed"' in written and written.endswith("\n")
 
     assert until(told)
     logging.getLogger("uvicorn").handlers.clear()

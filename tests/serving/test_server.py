@@ -142,8 +142,10 @@ def test_errors_are_the_client_s_own(client, server):
 
 def test_timeouts_of_the_client_and_of_the_server(client, server):
     long = {"prompt": PROMPT, "min_new_tokens": 1000, "max_new_tokens": 1000, "model": "llama"}
+    before = len(server.events("request"))
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.02).post("/../generate", body=long, cast_to=object)
+    server.wait_for("request", count=before + 1)
     late = client.with_options(max_retries=3)  # it is not tried again
     before = len(server.events("request"))
     with pytest.raises(openai.InternalServerError) as error:

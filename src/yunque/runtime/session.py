@@ -114,8 +114,3 @@ class Bound:
     def run(self) -> None:
         """Run the graph once."""
         self._session.run_with_iobinding(self._binding)
-
-
-def empty(shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """An uninitialized float32 array."""
-    return np.empty(shape, dtype=np.float32)

@@ -405,8 +405,9 @@ class Engine(Worker[RowText]):
             self._settled, self._untouched = rows.capacity, rows.count
             self.metrics.cache_bytes.set(rows.bytes_for(*rows.capacity))
         first = max(self._untouched, rows.count)
-        rows.touch_rows(first, first + 1)
-        self._untouched = first + 1
+        if first < rows.capacity[0]:
+            rows.touch_rows(first, first + 1)
+            self._untouched = first + 1
 
     # --- handing out --------------------------------------------------------------------------------------------------
 

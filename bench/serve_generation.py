@@ -76,11 +76,11 @@ def make_model(shape: str, folder: Path) -> None:
             )
         )  # fmt: skip
     model.save_pretrained(folder)
-    words = {f"w{index}": index for index in range(size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    words = ["<pad>", "</s>", "<unk>", *(f"w{index}" for index in range(3, size))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     hf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="w0", eos_token="w1", unk_token="w2"
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
 
 

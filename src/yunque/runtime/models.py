@@ -39,11 +39,9 @@ class Answer:
 
 
 def load(
-    folder: str | Path, *, threads: int | None = None, verify: Verify = "sha256", spin: bool = True
+    folder: str | Path, *, threads: int | None = None, verify: Verify = "sha256"
 ) -> Seq2SeqModel | CausalModel | Classifier:
     """Open a folder of ``compress/to_onnx.py``; ``threads`` computes with all cores when None.
-
-    ``spin`` False for models that share the cores with others.
 
     Raises:
         InputError: no such folder, a file that is missing or altered, graphs that need a newer ONNX Runtime.
@@ -55,18 +53,16 @@ def load(
     kinds: dict[str, type[Seq2SeqModel | CausalModel | Classifier]] = {
         "seq2seq": Seq2SeqModel, "causal": CausalModel, "classifier": Classifier,
     }  # fmt: skip
-    return kinds[spec.kind](folder, spec, _open(folder, spec, threads, verify, spin))
+    return kinds[spec.kind](folder, spec, _open(folder, spec, threads, verify))
 
 
-def _open(
-    folder: Path, spec: ModelSpec, threads: int | None, verify: Verify, spin: bool
-) -> dict[str, ort.InferenceSession]:
+def _open(folder: Path, spec: ModelSpec, threads: int | None, verify: Verify) -> dict[str, ort.InferenceSession]:
     """The sessions; content is compared with the manifest meanwhile, by another core."""
     check_files(folder, "none" if verify == "none" else "size")  # what is cut short must not be mapped
     with ThreadPoolExecutor(1) as worker:
         checked = worker.submit(check_files, folder, verify)
         try:
-            sessions = open_sessions(folder, spec, threads, spin=spin)
+            sessions = open_sessions(folder, spec, threads)
         except InputError:
             checked.result()  # says more of an altered file
             raise

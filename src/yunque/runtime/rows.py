@@ -47,7 +47,7 @@ class Rows:
         self._room = self._source = 0
         self._step: Bound | None = None
         self._step_inputs: dict[str, NDArray[Any]] = {}
-        self.most: int | None = None  # rows that will ever be wanted: capacity grows no further
+        self.most: int | None = None  # rows to have room for from the first on: what no text uses takes no memory
 
     # --- rows join, move and leave ------------------------------------------------------------------------------------
 
@@ -63,7 +63,7 @@ class Rows:
         """Capacity, positions and encoder positions of the buffers once they hold rows of these sizes."""
         capacity, room, source = len(self.lengths), whole(room), whole(source)
         if count > capacity:
-            capacity = max(count, min(2 * capacity, self.most or 2 * capacity))
+            capacity = max(count, self.most or 2 * capacity)
         if room > self._room:
             room = room if self._room == 0 else max(room, self._room + _ROOM_STEP)
         return capacity, max(room, self._room), max(source, self._source)
@@ -82,8 +82,8 @@ class Rows:
             self._resize(*sizes)
 
     def fit(self, room: int, source: int) -> None:
-        """Shrink the buffers to rows that need no more than ``room`` and ``source`` positions."""
-        self._resize(self.count, whole(room), whole(source))
+        """Shrink the buffers to ``most`` rows that need no more than ``room`` and ``source`` positions."""
+        self._resize(max(self.count, self.most or 0), whole(room), whole(source))
 
     def _resize(self, capacity: int, room: int, source: int) -> None:
         self._room, self._source = room, source
@@ -105,7 +105,11 @@ class Rows:
         # Zeros, since a masked position still enters a sum, with weight 0. Masks of padding must be low instead.
         array = np.full(shape, _MASKED, np.float32) if name == "cross_bias" else zeros(shape)
         if former is not None:
-            kept = (slice(used), *(slice(min(sizes)) for sizes in zip(former.shape[1:], shape[1:], strict=True)))
+            ends = {"rows": used, "room": int(self.lengths[:used].max(initial=0))}
+            kept = tuple(
+                slice(min(ends.get(size, old), old, new))
+                for size, old, new in zip(self._shapes[name], former.shape, shape, strict=True)
+            )
             array[kept] = former[kept]
         return array
 
@@ -138,15 +142,15 @@ class Rows:
 
     def touch(self) -> None:
         """Write to all that no token uses yet, so that the system really gives its memory."""
-        self.touch_rows(self.count, len(self.lengths))
+        for array in self.caches:
+            array[self.count :] = 0
         for array in self._past.values():
             array[:, :, int(self.lengths[: self.count].max(initial=0)) :] = 0
 
-    def touch_rows(self, first: int, last: int) -> None:
-        """As ``touch``, for some of the rows from ``count`` on."""
-        assert first >= self.count
-        for array in (*self._past.values(), *self._cross.values()):
-            array[first:last] = 0
+    @property
+    def caches(self) -> list[NDArray[np.float32]]:
+        """The buffers, whose first axis is that of the rows; those from ``count`` on hold nothing that is needed."""
+        return [*self._past.values(), *self._cross.values()]
 
     @property
     def capacity(self) -> tuple[int, int, int]:

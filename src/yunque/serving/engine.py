@@ -15,7 +15,7 @@ from yunque.errors import InputError
 from yunque.runtime.batch import Batch, Step, new_tokens, sizes
 from yunque.runtime.models import CausalModel, Seq2SeqModel
 from yunque.runtime.pieces import PromptReader
-from yunque.runtime.rows import Rows
+from yunque.serving.cache_memory import CacheMemory
 from yunque.serving.engine_settings import EngineSettings
 from yunque.serving.fair_queue import FairQueue
 from yunque.serving.metrics import EngineMetrics
@@ -54,8 +54,7 @@ class Engine(Worker[RowText]):
         self._rows: dict[int, RowText] = {}  # in the batch, by number
         self._numbers = itertools.count()
         self._batch: Batch | None = None
-        self._settled = (0, 0, 0)  # sizes of its buffers, whose rows have memory up to ...
-        self._untouched = 0
+        self._memory: CacheMemory | None = None
         self._outbox = Outbox()
         self._failed = ""
         self._failures = 0
@@ -177,6 +176,7 @@ class Engine(Worker[RowText]):
     def _round(self) -> None:
         """One token for every running text, after those that leave and those that join."""
         assert self._batch is not None
+        assert self._memory is not None
         self._leave()
         self._join()
         if not self._rows:
@@ -187,7 +187,8 @@ class Engine(Worker[RowText]):
         self.metrics.step_s.observe(now - begin)
         self.metrics.batch_size.observe(len(step.requests))
         self._hand_out(step, now)
-        self._settle(self._batch.rows)
+        self._memory.take()
+        self.metrics.cache_bytes.set(self._memory.bytes)
         if not self._rows:
             self._renew_if_grown()
 
@@ -211,15 +212,14 @@ class Engine(Worker[RowText]):
         assert self.capacity is not None
         self._batch = self.model.new_batch()
         self._batch.rows.most = self.capacity.max_rows
-        self._settled = self._batch.rows.capacity
+        self._memory = CacheMemory(self._batch.rows, self._memory.most_at_once if self._memory else 0)
         self.metrics.cache_bytes.set(0)
 
     def _renew_if_grown(self) -> None:
-        """Free the caches of an empty batch that are larger than half of what is allowed."""
-        assert self._batch is not None
+        """Free the caches of an empty batch that take more than half of what is allowed."""
+        assert self._memory is not None
         assert self.capacity is not None
-        rows = self._batch.rows
-        if rows.bytes_for(*rows.capacity) > self.capacity.cache_bytes / 2:
+        if self._memory.bytes > self.capacity.cache_bytes / 2:
             self._renew()
 
     # --- leaving ------------------------------------------------------------------------------------------------------
@@ -326,10 +326,9 @@ class Engine(Worker[RowText]):
         source = max([source, *(row.source for row in running)])
         if rows.bytes_for(rows.count + len(joining), room, source) > most:
             return False
+        rows.most = min(self.capacity.max_rows, most // rows.bytes_for(1, room, source))
         rows.fit(room, source)
-        # The capacity grows to twice the rows again: only as far as there is room.
-        rows.most = max(rows.count + len(joining), min(self.capacity.max_rows, most // rows.bytes_for(1, room, source)))
-        return rows.bytes_for(*rows.sizes_after(rows.count + len(joining), room, source)) <= most
+        return True
 
     def _read(self, group: list[RowText]) -> None:
         """Let a group join; when that fails, each by itself, so that only those fail that cannot."""
@@ -398,16 +397,6 @@ class Engine(Worker[RowText]):
         self._forget(group)
         self._hand_out(self._batch.step(), time.perf_counter())
         self._outbox.send()
-
-    def _settle(self, rows: Rows) -> None:
-        """Take the memory of buffers that have grown, a row at a time: soon the process has its size for good."""
-        if rows.capacity != self._settled:
-            self._settled, self._untouched = rows.capacity, rows.count
-            self.metrics.cache_bytes.set(rows.bytes_for(*rows.capacity))
-        first = max(self._untouched, rows.count)
-        if first < rows.capacity[0]:
-            rows.touch_rows(first, first + 1)
-            self._untouched = first + 1
 
     # --- handing out --------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ class Metrics:
         self.queued = gauge("queued", "Texts that wait for a place.")
         self.running = gauge("running", "Texts in the running batch.")
         self.max_rows = gauge("max_rows", "Texts that the batch may hold.")
-        self.cache_bytes = gauge("cache_bytes", "Bytes of the caches as they are now.")
+        self.cache_bytes = gauge("cache_bytes", "Bytes that the caches take now.")
         self.budget_bytes = gauge("cache_budget_bytes", "Bytes that caches and working memory may take.")
         self.tokens_per_s = gauge("tokens_per_second", "New tokens a second, over the last seconds with work.")
         self.info = gauge("model_info", "1 for each served model.", ["model", "kind", "manifest_sha256"])

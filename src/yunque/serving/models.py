@@ -180,7 +180,7 @@ class Registry:
     def _open(self, name: str, folder: Path) -> Served:
         """A model, loaded and warm."""
         threads = self.engine_settings.threads or machine.cores()
-        model = load(folder, threads=threads, spin=False)  # the cores are wanted by those who answer
+        model = load(folder, threads=threads)
         metrics = EngineMetrics(self.metrics, name)
         engine: Engine | ClassifierEngine
         if isinstance(model, Classifier):

@@ -5,10 +5,10 @@
 
 Starts serve/server.py twice, as it is and with --max_rows 1, and sends closed loops of the load test's own client to
 both: prompts of 128 words and answers of up to 64 tokens, which for the random models of bench/serve_generation.py
-are as many tokens (--prompts words: w300 to w30000). One JSON line: tokens a second and per CPU second of the server,
-first tokens in ms, and the two ratios of the project's targets: 16 clients batched over 16 clients one by one, and the
-first token's p99 of 16 clients (``closed``: all ask again at once; ``steady``: Poisson at 80 % of that rate) over that
-of one client. Answers of all runs are compared: batching must not change a greedy token.
+are as many tokens (--prompts words: w300 to w30000). One JSON line, medians over --rounds: tokens a second and per CPU
+second of the server, first tokens in ms, and the ratios of the project's targets: 16 clients batched over 16 clients
+one by one, and the first token's p99 of 16 clients (``closed``: all ask again at once; ``steady``: Poisson at 80 % of
+that rate) over that of one client. Answers of all runs are compared: batching must not change a greedy token.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import asyncio
 import json
 import random
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -94,18 +95,9 @@ def prompts(kind: str) -> Sequence[str]:
     return [" ".join(f"w{pick.randrange(300, 30000)}" for _ in range(WORDS)) for _ in range(PROMPTS)]
 
 
-def main() -> None:
-    """Measure, compare, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", type=Path, required=True)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--prompts", choices=("words", "plain"), default="words")
-    args = parser.parse_args()
-    work = Workload(model="m", prompts=prompts(args.prompts), max_tokens=64, warmup_s=5.0, duration_s=args.seconds)
+def one_round(args: argparse.Namespace, work: Workload, answers: dict[str, set[str]]) -> dict[str, Any]:
+    """Both servers once, and their ratios; answers are added to those of former rounds."""
     rows: dict[str, Any] = {}
-    answers: dict[str, set[str]] = {}
 
     def note(name: str, client: Client, pid: int, clients: int, rate: float = 0.0) -> None:
         rows[name], outcomes = measure(client, pid, work, clients, rate)
@@ -119,13 +111,40 @@ def main() -> None:
     with serving(args.model_name_or_path.absolute(), "--threads", args.threads, "--max_rows", 1) as (client, pid):
         note("one_by_one", client, pid, args.clients)
     unloaded = rows["one_client"]["first_token_p99_ms"]
-    ratios = {name: round(rows[name]["first_token_p99_ms"] / unloaded, 2) for name in ("closed", "steady")}
+    for rate in ("tokens_s", "tokens_cpu_s"):
+        rows[f"{rate}_ratio"] = round(rows["closed"][rate] / rows["one_by_one"][rate], 2)
+    for load in ("closed", "steady"):
+        rows[f"first_token_p99_ratio_{load}"] = round(rows[load]["first_token_p99_ms"] / unloaded, 2)
+    return rows
+
+
+def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of every number, over all rounds."""
+    return {
+        name: medians([each[name] for each in rounds])
+        if isinstance(value, dict)
+        else round(statistics.median(each[name] for each in rounds), 2)
+        for name, value in rounds[0].items()
+    }
+
+
+def main() -> None:
+    """Measure, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", choices=("words", "plain"), default="words")
+    args = parser.parse_args()
+    work = Workload(model="m", prompts=prompts(args.prompts), max_tokens=64, warmup_s=5.0, duration_s=args.seconds)
+    answers: dict[str, set[str]] = {}
+    rounds = [one_round(args, work, answers) for _ in range(args.rounds)]
     changed = [prompt for prompt, texts in answers.items() if len(texts) > 1]
     result = {
-        "threads": args.threads, "clients": args.clients, "time": time.strftime("%Y-%m-%d %H:%M"), **rows,
-        "tokens_s_ratio": round(rows["closed"]["tokens_s"] / rows["one_by_one"]["tokens_s"], 2),
-        "tokens_cpu_s_ratio": round(rows["closed"]["tokens_cpu_s"] / rows["one_by_one"]["tokens_cpu_s"], 2),
-        "first_token_p99_ratio": ratios,
+        "threads": args.threads, "clients": args.clients, "time": time.strftime("%Y-%m-%d %H:%M"), **medians(rounds),
+        "ratios_of_rounds": [{name: each[name] for name in each if "ratio" in name} for each in rounds],
         "prompts": len(answers), "prompts_with_different_answers": len(changed),
     }  # fmt: skip
     print(json.dumps(result))

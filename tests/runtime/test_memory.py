@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from resident import resident_share
 
 from yunque.runtime import memory
 
@@ -24,10 +25,6 @@ def huge_kilobytes(address):
         elif inside and head == "AnonHugePages:":
             return int(line.split()[1])
     return 0
-
-
-def resident_bytes():
-    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * mmap.PAGESIZE
 
 
 def test_memory_of_the_weights_lies_on_large_pages_unchanged():
@@ -62,12 +59,36 @@ def test_rows_that_are_touched_have_their_memory(exported):
     model = exported("t5").runtime
     rows = model.new_rows()
     model.begin(rows, [[5, 6, 7]] * 2, [9] * 2)
-    rows.reserve(64, 4096, 1024)
+    rows.reserve(64, 1 << 15, 1024)  # some buffers are so large that the C library asks for them anew
     logits = rows.logits[:2].copy()
-    before = resident_bytes()
+    large = [array for array in rows.caches if array.nbytes > 32 << 20]
+    assert large
+    assert max(map(resident_share, large)) < 0.1
     rows.touch()
-    wanted = 0.7 * (rows.bytes_for(*rows.capacity) - rows.logits.nbytes)
-    assert resident_bytes() - before > wanted
+    assert {resident_share(array) for array in large} == {1.0}
     rows.step(np.array([3, 3]))
     assert np.isfinite(rows.logits[:2]).all()
     assert (rows.logits[:2] != logits).any()
+
+
+def test_rows_have_room_for_as_many_as_are_wanted_from_the_first_on(exported):
+    model = exported("t5").runtime
+    rows, grown = model.new_rows(), model.new_rows()
+    rows.most = 12
+    former = []
+    for prompts in ([[5, 6, 7]], [[8, 9]] * 6, [[4]] * 5):
+        former.append(rows.caches)
+        for each in (rows, grown):
+            model.begin(each, prompts, [9] * len(prompts))
+    assert [array.shape[0] for array in rows.caches] == [12] * len(rows.caches)
+    for arrays in former[1:]:
+        assert all(now is then for now, then in zip(rows.caches, arrays, strict=True))
+    for each in (rows, grown):
+        each.step(np.arange(3, 15))
+    assert (rows.logits[:12] == grown.logits[:12]).all()
+    model.begin(rows, [[6, 7, 8]], [40])  # one more than were wanted, and a wider one
+    assert rows.capacity == (13, 80, 16)
+    rows.truncate(12)
+    for each in (rows, grown):
+        each.step(np.arange(4, 16))
+    assert (rows.logits[:12] == grown.logits[:12]).all()

@@ -305,6 +305,22 @@ def test_caches_stay_within_the_budget(engine, exported, prompts):
         asyncio.run(answered(served, Request(prompt=[3] * 100, options=replace(ENDLESS, max_new_tokens=200))))
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_the_warm_up_times_prompts_that_are_read_one_by_one(engine, monkeypatch, name):
+    read, add = [], Batch.add
+
+    def note(self, requests, prompts, options):
+        read.append((len(prompts), len({tuple(prompt) for prompt in prompts})))
+        add(self, requests, prompts, options)
+
+    monkeypatch.setattr(Batch, "add", note)
+    served = engine(name)
+    assert read[0] == (1, 1)
+    assert all(different == min(many, 8) for many, different in read)
+    assert max(different for _, different in read) == 8
+    assert 128 <= served.capacity.prefill_tokens <= 2048
+
+
 def test_a_budget_that_holds_no_text_is_refused(engine):
     with pytest.raises(InputError, match="memory_budget"):
         engine("t5", memory_budget_bytes=1000)

@@ -59,11 +59,11 @@ def test_rows_that_are_touched_have_their_memory(exported):
     model = exported("t5").runtime
     rows = model.new_rows()
     model.begin(rows, [[5, 6, 7]] * 2, [9] * 2)
-    rows.reserve(64, 1 << 15, 1024)  # some buffers are so large that the C library asks for them anew
+    rows.reserve(17, 1 << 15, 1 << 15)  # so large that the C library asks for them anew
     logits = rows.logits[:2].copy()
     large = [array for array in rows.caches if array.nbytes > 32 << 20]
     assert large
-    assert max(map(resident_share, large)) < 0.1
+    assert max(map(resident_share, large)) < 0.2  # the two rows in use
     rows.touch()
     assert {resident_share(array) for array in large} == {1.0}
     rows.step(np.array([3, 3]))

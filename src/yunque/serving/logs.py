@@ -113,6 +113,12 @@ def configure(*, show_messages: bool) -> None:
         logger.propagate = False
 
 
+def flush() -> None:
+    """Wait until all that was logged is written, but not for ever."""
+    for handler in LOGGER.handlers:
+        handler.flush()
+
+
 def event(name: str, **fields: Any) -> None:
     """Log that something happened."""
     LOGGER.info(name, extra={"fields": fields})

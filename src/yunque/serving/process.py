@@ -66,6 +66,7 @@ def run(settings: ServerSettings, read_again: Callable[[], ServerSettings] | Non
     host, port = listener.getsockname()[:2]
     logs.event("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}", models=list(settings.models))
     server.run(sockets=[listener])
+    logs.flush()  # so that an error is a line of its own
     if service.failure is not None:
         raise service.failure
     if server.cut_off:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import socket
 import time
 
@@ -368,7 +369,9 @@ def test_pipelined_requests_are_answered_in_order(open_server):
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_texts_are_in_the_log_only_when_asked_for(client, service, engine, capfd, asked):
+def test_texts_are_in_the_log_only_when_asked_for(client, service, engine, monkeypatch, tmp_path, asked):
+    file = tmp_path / "log"
+    monkeypatch.setattr(logs, "_STANDARD_ERROR", os.open(file, os.O_WRONLY | os.O_CREAT))
     logs.configure(show_messages=asked)
     service.settings = service.settings.model_copy(update={"log_requests": asked})
     ask(client, prompt="secret-prompt")
@@ -377,15 +380,14 @@ def test_texts_are_in_the_log_only_when_asked_for(client, service, engine, capfd
     client.post("/secret-prompt?secret-prompt", json={"model": "secret-prompt", "prompt": 3})
     engine.refusal = RuntimeError("secret-prompt")
     assert ask(client).status_code == 500
-    written = ""
 
     def told():
-        nonlocal written
-        written += capfd.readouterr().err
+        written = file.read_text()
         return '"status": 500' in written and '"event": "failed"' in written and written.endswith("\n")
 
-    assert until(told)
+    assert until(told)  # lines come after answers
     logging.getLogger("uvicorn").handlers.clear()
+    written = file.read_text()
     lines = [json.loads(line) for line in written.splitlines()]
     requests = [line for line in lines if line["event"] == "request"]
     assert [line["status"] for line in requests] == [200, 200, 200, 404, 500]

@@ -10,6 +10,7 @@ from engines import ENDLESS, answered, collect, value
 
 from yunque.errors import InputError
 from yunque.runtime import Batch, GenerationOptions
+from yunque.runtime.batch import sizes
 from yunque.runtime.rows import Rows
 from yunque.serving.requests import Draining, EngineFailed, QueueFull, Request
 
@@ -303,6 +304,20 @@ def test_caches_stay_within_the_budget(engine, exported, prompts):
         assert tokens == made.generate([row], replace(ENDLESS, max_new_tokens=new))[0].tokens
     with pytest.raises(InputError, match="max_tokens"):
         asyncio.run(answered(served, Request(prompt=[3] * 100, options=replace(ENDLESS, max_new_tokens=200))))
+
+
+@pytest.mark.parametrize(("rows_allowed", "kept"), [(100, True), (9, False)])
+def test_an_idle_engine_frees_caches_that_take_more_than_half_of_what_is_allowed(
+    engine, exported, prompts, rows_allowed, kept
+):
+    made = exported("llama").runtime
+    prompt = made.encode(prompts)[0]
+    served = engine("llama", max_rows=8)
+    needed = made.new_rows().bytes_for(1, *sizes(made.spec, prompt, ENDLESS.max_new_tokens))
+    served.capacity = replace(served.capacity, cache_bytes=rows_allowed * needed)
+    asyncio.run(answered(served, Request(prompt=prompt, options=ENDLESS)))
+    assert (served._batch.rows.capacity[0] == 8) == kept
+    assert (value(served, "cache_bytes") > 0) == kept
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

@@ -32,7 +32,7 @@ def settle(memory):
 
 @pytest.mark.parametrize(("at_once", "wanted"), [(3, 8), (5, 16), (9, 32), (17, 40)])
 def test_twice_as_many_have_their_memory_as_ever_ran_at_once(rows, monkeypatch, at_once, wanted):
-    monkeypatch.setattr(cache_memory, "_PIECE_S", 0.05)
+    monkeypatch.setattr(cache_memory, "_PIECE_S", 60)
     memory = CacheMemory(rows)
     rows.append(at_once - 3, WIDE)
     memory.take()
@@ -47,7 +47,7 @@ def test_twice_as_many_have_their_memory_as_ever_ran_at_once(rows, monkeypatch, 
 
 
 def test_texts_keep_what_they_hold(rows, monkeypatch):
-    monkeypatch.setattr(cache_memory, "_PIECE_S", 0.05)
+    monkeypatch.setattr(cache_memory, "_PIECE_S", 60)
     memory, kept = CacheMemory(rows), [cache[:3].copy() for cache in rows.caches]
     settle(memory)
     for cache, former in zip(rows.caches, kept, strict=True):
@@ -64,7 +64,7 @@ def test_a_step_waits_for_a_few_buffers_only(rows, monkeypatch):
 
 
 def test_wider_buffers_are_taken_anew(rows, monkeypatch):
-    monkeypatch.setattr(cache_memory, "_PIECE_S", 0.05)
+    monkeypatch.setattr(cache_memory, "_PIECE_S", 60)
     memory = CacheMemory(rows)
     settle(memory)
     rows.reserve(3, 2 * WIDE, 0)

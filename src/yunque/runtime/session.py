@@ -55,8 +55,8 @@ def open_sessions(folder: Path, spec: ModelSpec, threads: int | None) -> dict[st
     options.enable_mem_pattern = False
     # Weights beside the arena, which would double in size for them.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-    # Threads wait busily for the next operator, a quarter faster than asleep, but not until the next graph: a decoder
-    # that waits so holds the core that its encoder wants, or the server's event loop.
+    # Threads wait busily for the next operator, since waking takes longer, but not until the next graph: a decoder that
+    # waits so holds the core that its encoder wants, or the server's event loop.
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
     sessions, former = {}, anonymous_ranges()
     for name, file in spec.graphs.items():

@@ -126,7 +126,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model, tokenizer = build_policy(options)
-    adapter = adapter_for(model.config, tokenizer)
+    adapter = adapter_for(model, tokenizer)
     policy = Policy(model, adapter)
     config = PPOConfig(batch_size=options.batch, mini_batch_size=options.mini_batch, max_new_tokens_low=32)
     trainer = PPOTrainer(

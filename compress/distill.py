@@ -75,7 +75,7 @@ def main() -> None:
         console.print(f"{path}: the teacher's layers {', '.join(map(str, layers))}")
 
     # ---- data ----
-    adapter = adapter_for(student.model.config, tokenizer)
+    adapter = adapter_for(student.model, tokenizer)
     encoder_decoder = student.model.config.is_encoder_decoder
     longest = losses.max_new_tokens if encoder_decoder else max(losses.max_new_tokens, losses.max_target_length)
     encoding = Encoding(encoder_decoder, adapter.prompt_limit(longest), losses.max_target_length, adapter.eos_ids)

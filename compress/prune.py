@@ -59,7 +59,7 @@ def main() -> None:
     # ---- data ----
     batches, sources, template = list, [], None
     if args.needs_data:
-        adapter = adapter_for(model.config, tokenizer)
+        adapter = adapter_for(model, tokenizer)
         encoder_decoder = model.config.is_encoder_decoder
         limit = adapter.prompt_limit(args.max_target_length)
         data_args.max_train_samples = min(

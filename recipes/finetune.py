@@ -113,7 +113,7 @@ def main() -> None:
     console.print(trainable_parameters(model))
 
     # ---- data ----
-    adapter = adapter_for(model.config, tokenizer)
+    adapter = adapter_for(model, tokenizer)
     longest = target_args.max_new_tokens
     if not encoder_decoder:  # prompt and answer share the positions
         longest = max(longest, target_args.max_target_length) + (prompt_args.prompt_tuning_tokens or 0)

@@ -78,7 +78,7 @@ def main() -> None:
     tokenizer = load_tokenizer(model_args)
     model = load_model(model_args, tokenizer)
     console.print(trainable_parameters(model))
-    adapter = adapter_for(model.config, tokenizer)
+    adapter = adapter_for(model, tokenizer)
     reward = load_toxicity_reward(reward_args, adapter, accelerator.device)
 
     # ---- data and groups ----

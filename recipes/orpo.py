@@ -58,7 +58,7 @@ def main() -> None:
     tokenizer = load_tokenizer(model_args)
     model = load_model(model_args, tokenizer)
     console.print(trainable_parameters(model))
-    adapter = adapter_for(model.config, tokenizer)
+    adapter = adapter_for(model, tokenizer)
     train_rows, train_report = encode_pairs(data.train, tokenizer, adapter, orpo_args)
     test_rows, test_report = encode_pairs(data.test, tokenizer, adapter, orpo_args)
     console.print(f"train {train_report}\ntest {test_report}")

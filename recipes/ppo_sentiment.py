@@ -111,7 +111,7 @@ def main() -> None:
             "from a text; give a decoder-only one"
         )
     console.print(trainable_parameters(model))
-    adapter = adapter_for(model.config, tokenizer)
+    adapter = adapter_for(model, tokenizer)
     try:
         reward = load_reward(reward_args, adapter, accelerator.device)
     except InputError as error:

@@ -29,7 +29,7 @@ def run(family, estimator, **options):
     settings |= groups if estimator == "grpo" else {}
     config = PPOConfig(advantage_estimator=estimator, num_generations=2, **(settings | options))
     torch.manual_seed(0)
-    policy = Policy(model, adapter_for(model.config, tiny.tokenizer()), value_head=estimator == "gae")
+    policy = Policy(model, adapter_for(model, tiny.tokenizer()), value_head=estimator == "gae")
     trainer = PPOTrainer(config, policy, Reference(policy), Accelerator(cpu=True), seed=0, total_steps=STEPS)
     queries = [query for query in QUERIES for _ in range(2)]
     return [_step(trainer, queries, step) for step in range(STEPS)]

@@ -79,7 +79,7 @@ def ppo(folder, family, method, checkpointing):
     rows = ROWS * accelerator.num_processes
     config = PPOConfig(batch_size=rows, mini_batch_size=rows, gradient_checkpointing=checkpointing)
     model, tokenizer = load(folder, family, method)
-    policy = Policy(model, adapter_for(model.config, tokenizer))
+    policy = Policy(model, adapter_for(model, tokenizer))
     trainer = PPOTrainer(config, policy, Reference(policy), accelerator, seed=0, total_steps=1)
     queries, responses = [list(range(5, 5 + PROMPT))] * rows, [list(range(9, 9 + ANSWER))] * rows
     trainer.step(queries, responses, [float(row) for row in range(rows)])

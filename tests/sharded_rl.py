@@ -62,7 +62,7 @@ def trainer_of(models, family, method, precision, **options):
     model = load_model(arguments, tokenizer)
     config = PPOConfig(**(SETTINGS | METHODS[method] | options))
     torch.manual_seed(0)  # the value head's weights
-    policy = Policy(model, adapter_for(model.config, tokenizer), value_head=config.advantage_estimator == "gae")
+    policy = Policy(model, adapter_for(model, tokenizer), value_head=config.advantage_estimator == "gae")
     reference = Reference(policy, adapter_is_trained=method == "adapter")
     return PPOTrainer(config, policy, reference, accelerator, seed=0, total_steps=STEPS), tokenizer
 

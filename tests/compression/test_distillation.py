@@ -28,7 +28,7 @@ def build(tmp_path):
     def build(family, aligned=None, batch=4, steps=1, optim="adamw_torch", learning_rate=3e-3, **options):
         teacher = tiny.FAMILIES[family]()
         tokenizer = tiny.tokenizer(padding_side="left")
-        adapter = adapter_for(teacher.config, tokenizer)
+        adapter = adapter_for(teacher, tokenizer)
         rows = [labelled_row(adapter, *row) for row in zip(PROMPTS, ANSWERS, strict=True)]
         arguments = TrainingArguments(
             output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=4 // batch,
@@ -184,7 +184,7 @@ def test_states_of_a_changed_configuration_are_refused(tmp_path):
     with pytest.raises(InputError, match="hidden_weight: is for students made of the teacher's layers"):
         DistillationTrainer(
             student, teacher, TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]),
-            losses=DistillationArguments(hidden_weight=1.0), adapter=adapter_for(teacher.config, tokenizer),
+            losses=DistillationArguments(hidden_weight=1.0), adapter=adapter_for(teacher, tokenizer),
             tokenizer=tokenizer, train_dataset=datasets.Dataset.from_list([{"input_ids": [5], "labels": [5]}]),
         )  # fmt: skip
 

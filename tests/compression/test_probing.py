@@ -59,7 +59,7 @@ def test_effective_share():
 
 
 def probe_of(model, temperature=1.0):
-    adapter = adapter_for(model.config, tiny.tokenizer())
+    adapter = adapter_for(model, tiny.tokenizer())
     prompts = [[5, 6, 7], [9, 10, 11, 12, 13], [20, 3]]
 
     def answers(number, temperature):

@@ -44,7 +44,7 @@ def logits(model):
 
 
 def batches_for(model):
-    adapter = adapter_for(model.config, tiny.tokenizer())
+    adapter = adapter_for(model, tiny.tokenizer())
     rows = [labelled_row(adapter, [5 + row, 6, 7], [20 + row, 21, 1]) for row in range(6)]
     return calibration_batches(rows, tiny.tokenizer(), model, 2)
 

@@ -44,7 +44,7 @@ def perturbed(model, std=0.05, only=""):
 def trainer_of(tmp_path):
     def build(model, objective, rows, tokenizer=None, **options):
         tokenizer = tokenizer or tiny.tokenizer()
-        adapter = adapter_for(model.config, tokenizer)
+        adapter = adapter_for(model, tokenizer)
         encoded, _ = encode_pairs(
             datasets.Dataset.from_list(rows), tokenizer, adapter, PairArguments(max_completion_length=40)
         )

@@ -57,7 +57,7 @@ def place(tmp_path_factory):
         tokenizer.save_pretrained(staging)
 
     artifacts.save_model_folder(root / "model", write, stage="ppo", parents=[], prompt_template="{text}")
-    adapter, rng = adapter_for(model.config, tokenizer), torch.Generator().manual_seed(5)
+    adapter, rng = adapter_for(model, tokenizer), torch.Generator().manual_seed(5)
     (root / "data").mkdir()
     for split in ("validation", "test"):
         prompts = [torch.randint(3, 64, (7,), generator=rng).tolist() for _ in range(40)]

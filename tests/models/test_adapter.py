@@ -4,7 +4,10 @@ import torch
 
 from yunque.errors import InputError
 from yunque.models.adapter import DecoderOnly, EncoderDecoder, adapter_for
+from yunque.models.arguments import GenerationArguments
+from yunque.models.loading import save_model
 from yunque.models.policy import Policy, disable_dropout
+from yunque.rl.rollout import generate
 
 CPU = torch.device("cpu")
 QUERIES = [[3, 4, 5], [6, 7, 8, 9, 10], [11]]
@@ -18,13 +21,13 @@ def family(request):
 
 def policy_of(family, **options):
     model = tiny.FAMILIES[family](**options)
-    return Policy(model, adapter_for(model.config, tiny.tokenizer())).eval()
+    return Policy(model, adapter_for(model, tiny.tokenizer())).eval()
 
 
 def test_adapter_is_chosen_by_the_model():
     tokenizer = tiny.tokenizer()
-    assert isinstance(adapter_for(tiny.t5().config, tokenizer), EncoderDecoder)
-    assert isinstance(adapter_for(tiny.llama().config, tokenizer), DecoderOnly)
+    assert isinstance(adapter_for(tiny.t5(), tokenizer), EncoderDecoder)
+    assert isinstance(adapter_for(tiny.llama(), tokenizer), DecoderOnly)
 
 
 def test_scores_do_not_depend_on_padding(family):
@@ -89,25 +92,71 @@ def test_disabled_dropout_makes_training_mode_exact(family):
 
 def test_texts_are_joined_as_the_model_reads_them():
     tokenizer = tiny.tokenizer()
-    assert adapter_for(tiny.t5().config, tokenizer).join_text("Summary:", "Ana is late.") == "Summary: Ana is late."
-    assert adapter_for(tiny.gpt2().config, tokenizer).join_text("The film", " is good") == "The film is good"
+    assert adapter_for(tiny.t5(), tokenizer).join_text("Summary:", "Ana is late.") == "Summary: Ana is late."
+    assert adapter_for(tiny.gpt2(), tokenizer).join_text("The film", " is good") == "The film is good"
 
 
 def test_prompts_leave_room_for_the_response():
     tokenizer = tiny.tokenizer()
-    assert adapter_for(tiny.gpt2().config, tokenizer).prompt_limit(max_new_tokens=24) == 40
-    assert adapter_for(tiny.bart().config, tokenizer).prompt_limit(max_new_tokens=24) == 64
-    assert adapter_for(tiny.t5().config, tokenizer).prompt_limit(max_new_tokens=24) == 512
+    assert adapter_for(tiny.gpt2(), tokenizer).prompt_limit(max_new_tokens=24) == 40
+    assert adapter_for(tiny.bart(), tokenizer).prompt_limit(max_new_tokens=24) == 64
+    assert adapter_for(tiny.t5(), tokenizer).prompt_limit(max_new_tokens=24) == 512
 
 
 def test_responses_beyond_the_positions_are_refused():
     tokenizer = tiny.tokenizer()
     for family, positions in (("gpt2", 64), ("bart", 64), ("t5", 512)):
         with pytest.raises(InputError, match=f"max_new_tokens.*{positions} positions of {family}"):
-            adapter_for(tiny.FAMILIES[family]().config, tokenizer).prompt_limit(max_new_tokens=positions + 1)
+            adapter_for(tiny.FAMILIES[family](), tokenizer).prompt_limit(max_new_tokens=positions + 1)
+
+
+PLACES = ("tokenizer", "generation configuration", "configuration")
+
+
+def ending_at(family, token, place):
+    """A model and tokenizer that name ``token`` as an end in one place, and token 1 in the others."""
+    model, tokenizer = tiny.FAMILIES[family](), tiny.tokenizer()
+    if place == "tokenizer":
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(token)
+    elif place == "generation configuration":
+        model.generation_config.eos_token_id = [1, token]
+    else:
+        model.config.eos_token_id = [1, token]
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_answer_ends_at_a_token_that_only_one_place_names(family, place, tmp_path):
+    def sampled(adapter):
+        options = GenerationArguments(max_new_tokens=6)
+        return generate(model, adapter, QUERIES[:1], options, seed=0, samples=[0], device=CPU)[0].tokens
+
+    model = tiny.FAMILIES[family]()
+    endless = adapter_for(model, tiny.tokenizer())
+    endless.eos_ids = [63]
+    free = sampled(endless)
+    end = free[3]
+    assert {1, 63, end} - set(free[:3]) == {1, 63, end}  # so that this end alone cuts the answer
+
+    model, tokenizer = ending_at(family, end, place)
+    adapter = adapter_for(model, tokenizer)
+    assert set(adapter.eos_ids) == {1, end}
+    assert sampled(adapter) == free[:4]
+
+    save_model(model, tokenizer, tmp_path)
+    saved = type(model).from_pretrained(tmp_path)
+    ids = saved.generation_config.eos_token_id
+    assert set(ids if isinstance(ids, list) else [ids]) == {1, end}  # where transformers' own generate stops
+
+
+@pytest.mark.parametrize("ids", [70, -1, [1, 70]], ids=str)
+def test_an_end_token_outside_the_vocabulary_ends_nothing(ids):
+    model = tiny.gpt2()
+    model.config.eos_token_id = ids
+    assert adapter_for(model, tiny.tokenizer()).eos_ids == [1]
 
 
 def test_a_model_without_end_token_is_refused():
     model = tiny.gpt2(eos_token_id=None)
     with pytest.raises(InputError, match="end-of-sequence"):
-        adapter_for(model.config, tiny.tokenizer(eos_token=None))
+        adapter_for(model, tiny.tokenizer(eos_token=None))

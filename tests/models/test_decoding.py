@@ -43,7 +43,7 @@ def case(request, monkeypatch):
 @torch.no_grad()
 def expected(model, row, length):
     """Logits and hidden state that predict response token ``length`` of a row, without cache or padding."""
-    adapter = adapter_for(model.config, tiny.tokenizer())
+    adapter = adapter_for(model, tiny.tokenizer())
     response = [*RESPONSES[row, :length].tolist(), 1]
     logits, hidden = adapter.score(model, adapter.scoring_batch([QUERIES[row]], [response], CPU))
     return logits[0, -1], hidden[0, -1]
@@ -52,7 +52,7 @@ def expected(model, row, length):
 @torch.no_grad()
 def test_every_step_is_that_of_the_whole_sequence(case):
     model, kind = case
-    decoder = decoder_for(model, adapter_for(model.config, tiny.tokenizer()), QUERIES, 5, CPU)
+    decoder = decoder_for(model, adapter_for(model, tiny.tokenizer()), QUERIES, 5, CPU)
     assert type(decoder) is kind
     logits, hidden = decoder.first()
     for length in range(4):
@@ -66,7 +66,7 @@ def test_every_step_is_that_of_the_whole_sequence(case):
 @torch.no_grad()
 def test_dropped_rows_leave_the_others_as_they_were(case):
     model, _ = case
-    decoder = decoder_for(model, adapter_for(model.config, tiny.tokenizer()), QUERIES, 5, CPU)
+    decoder = decoder_for(model, adapter_for(model, tiny.tokenizer()), QUERIES, 5, CPU)
     decoder.first()
     decoder.step(RESPONSES[:, 0])
     rows = torch.tensor([1, 3])
@@ -83,7 +83,7 @@ def test_dropped_rows_leave_the_others_as_they_were(case):
 @pytest.mark.parametrize("family", ["t5", "gpt2", "llama"])
 def test_half_precision_decodes_like_the_forward_pass(family):
     model = tiny.FAMILIES[family]().bfloat16()
-    decoder = decoder_for(model, adapter_for(model.config, tiny.tokenizer()), QUERIES, 5, CPU)
+    decoder = decoder_for(model, adapter_for(model, tiny.tokenizer()), QUERIES, 5, CPU)
     decoder.first()
     logits, _ = decoder.step(RESPONSES[:, 0])
     assert logits.dtype == torch.bfloat16
@@ -96,7 +96,7 @@ def test_half_precision_decodes_like_the_forward_pass(family):
 def test_autocast_decodes_like_the_forward_pass(family):
     model = tiny.FAMILIES[family]()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        decoder = decoder_for(model, adapter_for(model.config, tiny.tokenizer()), QUERIES, 5, CPU)
+        decoder = decoder_for(model, adapter_for(model, tiny.tokenizer()), QUERIES, 5, CPU)
         decoder.first()
         logits, _ = decoder.step(RESPONSES[:, 0])
         for row in range(len(QUERIES)):
@@ -107,7 +107,7 @@ def test_autocast_decodes_like_the_forward_pass(family):
 def test_an_adapter_takes_part():
     torch.manual_seed(0)
     model = get_peft_model(tiny.llama(), LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False)).eval()
-    decoder = decoder_for(model, adapter_for(model.config, tiny.tokenizer()), QUERIES, 5, CPU)
+    decoder = decoder_for(model, adapter_for(model, tiny.tokenizer()), QUERIES, 5, CPU)
     assert isinstance(decoder, LlamaDecoder)
     decoder.first()
     logits, _ = decoder.step(RESPONSES[:, 0])

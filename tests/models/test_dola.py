@@ -43,7 +43,7 @@ def test_greedy_dola_is_the_paper_s_in_a_padded_batch(layers):
     model = tiny.llama(num_hidden_layers=6)
     candidates = candidate_layers(6, layers, tied=False)
     assert candidates == {"low": [0, 2], "high": [3, 5]}[layers]
-    adapter = adapter_for(model.config, tiny.tokenizer())
+    adapter = adapter_for(model, tiny.tokenizer())
     options = GenerationArguments(temperature=0, max_new_tokens=8)
     common = {"seed": 0, "samples": range(3), "device": torch.device("cpu")}
     dola = DolaModel(model, layers, plain_head=True).eval()

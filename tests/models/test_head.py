@@ -117,13 +117,13 @@ class Capped(nn.Module):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_plain_heads_are_recognised(family):
     model = tiny.FAMILIES[family]()
-    assert has_plain_head(model, adapter_for(model.config, tiny.tokenizer()))
+    assert has_plain_head(model, adapter_for(model, tiny.tokenizer()))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_capped_logits_are_left_to_the_model(family):
     model = tiny.FAMILIES[family]()
-    adapter = adapter_for(model.config, tiny.tokenizer())
+    adapter = adapter_for(model, tiny.tokenizer())
     policy = Policy(Capped(model), adapter)
     assert not policy.plain_head
     batch = adapter.scoring_batch([[3, 4]], [[5, 6, 1]], CPU)
@@ -135,12 +135,12 @@ def test_capped_logits_are_left_to_the_model(family):
 def test_a_bias_that_bart_adds_after_its_head_is_noticed():
     model = tiny.bart()
     model.final_logits_bias += torch.linspace(-1, 1, model.final_logits_bias.shape[1])
-    assert not has_plain_head(model, adapter_for(model.config, tiny.tokenizer()))
+    assert not has_plain_head(model, adapter_for(model, tiny.tokenizer()))
 
 
 def test_the_head_is_its_own_again_after_scoring():
     model = tiny.llama()
-    policy = Policy(model, adapter_for(model.config, tiny.tokenizer()))
+    policy = Policy(model, adapter_for(model, tiny.tokenizer()))
     batch = policy.adapter.scoring_batch([[3, 4]], [[5, 6, 1]], CPU)
     policy(batch)
     assert "forward" not in vars(model.lm_head)

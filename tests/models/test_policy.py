@@ -30,7 +30,7 @@ def family(request):
 
 def test_reference_of_a_fresh_adapter_is_the_base(family):
     model = with_lora(family)
-    policy = Policy(model, adapter_for(model.config, tiny.tokenizer())).eval()
+    policy = Policy(model, adapter_for(model, tiny.tokenizer())).eval()
     batch = policy.adapter.scoring_batch(QUERIES, RESPONSES, CPU)
     reference, base = Reference(policy), policy(batch).logprobs_BR
     move(model)
@@ -40,8 +40,8 @@ def test_reference_of_a_fresh_adapter_is_the_base(family):
 
 def test_reference_of_a_trained_adapter_is_that_adapter_not_the_base(family):
     model = with_lora(family)
-    batch_of = adapter_for(model.config, tiny.tokenizer()).scoring_batch
-    policy = Policy(model, adapter_for(model.config, tiny.tokenizer())).eval()
+    batch_of = adapter_for(model, tiny.tokenizer()).scoring_batch
+    policy = Policy(model, adapter_for(model, tiny.tokenizer())).eval()
     batch = batch_of(QUERIES, RESPONSES, CPU)
     base = policy(batch).logprobs_BR
     move(model)  # as if a fine-tuning run had trained it
@@ -58,7 +58,7 @@ def test_reference_of_a_trained_adapter_is_that_adapter_not_the_base(family):
 
 def test_reference_of_a_full_model_is_a_frozen_copy(family):
     model = tiny.FAMILIES[family]()
-    policy = Policy(model, adapter_for(model.config, tiny.tokenizer())).eval()
+    policy = Policy(model, adapter_for(model, tiny.tokenizer())).eval()
     batch = policy.adapter.scoring_batch(QUERIES, RESPONSES, CPU)
     reference, start = Reference(policy), policy(batch).logprobs_BR
     move(model, names=("weight",))
@@ -69,7 +69,7 @@ def test_reference_of_a_full_model_is_a_frozen_copy(family):
 
 def test_values_come_from_the_state_before_each_token():
     model = tiny.llama()
-    policy = Policy(model, adapter_for(model.config, tiny.tokenizer())).eval()
+    policy = Policy(model, adapter_for(model, tiny.tokenizer())).eval()
     scores = policy(policy.adapter.scoring_batch([[3, 4, 5]], [[8, 9, 1]], CPU))
     hidden = model(input_ids=torch.tensor([[3, 4, 5, 8, 9]]), output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(scores.values_BR, policy.v_head.summary(hidden[:, 2:]).squeeze(-1), rtol=1e-4, atol=1e-5)

@@ -23,7 +23,7 @@ ROWS = [
 def encoded(rows=ROWS, family="llama", tokenizer=None, **options):
     tokenizer = tokenizer or tiny.tokenizer()
     model = tiny.FAMILIES[family]()
-    adapter = adapter_for(model.config, tokenizer)
+    adapter = adapter_for(model, tokenizer)
     pairs, report = encode_pairs(datasets.Dataset.from_list(rows), tokenizer, adapter, PairArguments(**options))
     return model, adapter, pairs, report
 
@@ -33,6 +33,12 @@ def test_answers_end_and_prompts_are_as_the_model_reads_them(family):
     _, _, pairs, _ = encoded(family=family, max_completion_length=8)
     assert pairs[0] == {"row": 0, "prompt_ids": [8, 9], "chosen_ids": [10, 11, 12, EOS], "rejected_ids": [13, EOS]}
     assert pairs["row"] == [0, 1]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_tokenizer_without_end_token_takes_the_model_s(family):
+    _, _, pairs, _ = encoded(family=family, tokenizer=tiny.tokenizer(eos_token=None), max_completion_length=8)
+    assert pairs[0] == {"row": 0, "prompt_ids": [8, 9], "chosen_ids": [10, 11, 12, EOS], "rejected_ids": [13, EOS]}
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

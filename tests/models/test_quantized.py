@@ -89,7 +89,7 @@ def test_bytes_and_parameters_are_counted_through_the_packing(folder):
 
 def test_ppo_s_policy_and_reference_work_on_nf4(folder):
     model, tokenizer = load(folder("llama"), load_in_4bit=True, **LORA)
-    policy = Policy(model, adapter_for(model.config, tokenizer))
+    policy = Policy(model, adapter_for(model, tokenizer))
     batch = policy.adapter.scoring_batch([[3, 4]], [[5, 6, 1]], torch.device("cpu"))
     with torch.no_grad():
         assert torch.equal(policy(batch).logprobs_BR, Reference(policy).score(batch).logprobs_BR)

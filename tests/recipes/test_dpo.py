@@ -47,7 +47,7 @@ def margins_again(run):
     args = ModelArguments(model_name_or_path=str(run.folder))
     tokenizer = load_tokenizer(args)
     model = load_model(args, tokenizer).eval()
-    adapter = adapter_for(model.config, tokenizer)
+    adapter = adapter_for(model, tokenizer)
 
     def score(prompt, answer):
         queries, answers = ([tokenizer(text)["input_ids"]] for text in (prompt, answer))

@@ -87,7 +87,7 @@ def sampled_answers(model, run):
     queries = held_out_queries(run)
     responses = generate(
         model,
-        adapter_for(model.config, tokenizer),
+        adapter_for(model, tokenizer),
         tokenizer(queries)["input_ids"],
         GenerationArguments(max_new_tokens=run.options["max_new_tokens"]),
         seed=0,

@@ -147,7 +147,7 @@ def test_it_serves_as_reward_of_ppo(pair_run, preferred):
     model, tokenizer = load_classifier(str(pair_run.folder))
     assert model.config.num_labels == 1
     args = RewardArguments(reward_funcs=[str(pair_run.folder)])
-    reward = load_reward(args, adapter_for(model.config, tokenizer), torch.device("cpu"))
+    reward = load_reward(args, adapter_for(model, tokenizer), torch.device("cpu"))
     scores = [
         reward.scores([row["prompt"] for row in rows], [row[answer] for row in rows], [1] * len(rows)).total
         for answer in ("chosen", "rejected")

@@ -46,7 +46,7 @@ def _trainer(
         _move_adapter(model)  # as if a fine-tuning run had trained it
     torch.manual_seed(0)  # the value head's weights
     settings = PPOConfig(**({"batch_size": 4, "mini_batch_size": 2, "learning_rate": 1e-2} | config))
-    adapter = adapter_for(model.config, tiny.tokenizer())
+    adapter = adapter_for(model, tiny.tokenizer())
     policy = Policy(model, adapter, value_head=settings.advantage_estimator == "gae")
     reference = Reference(policy, adapter_is_trained=trained_adapter)
     if optimizer is not None:

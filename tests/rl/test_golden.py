@@ -205,7 +205,7 @@ def recorded_trainer(section, run):
         keep_head_untied(model)
     else:
         model = AutoModelForCausalLM.from_config(GPT2Config(**section["gpt2_config"]))
-    policy = Policy(model, adapter_for(model.config, Tokenizer()))
+    policy = Policy(model, adapter_for(model, Tokenizer()))
     fill_by_formula(policy)
     reference = Reference(policy)
     with reference.model() as copy, torch.no_grad():

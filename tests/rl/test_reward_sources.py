@@ -73,7 +73,7 @@ def models(tmp_path_factory):
 
 
 def load(**options):
-    adapter = adapter_for(tiny.t5().config, tiny.tokenizer())
+    adapter = adapter_for(tiny.t5(), tiny.tokenizer())
     return load_reward(RewardArguments(**options), adapter, CPU)
 
 

@@ -73,7 +73,7 @@ def test_the_tokenizer_s_limit_holds_where_it_is_lower():
 
 
 def reward_of(family="t5", labels=("nothate", "hate"), **options):
-    adapter = adapter_for(tiny.FAMILIES[family]().config, tiny.tokenizer())
+    adapter = adapter_for(tiny.FAMILIES[family](), tiny.tokenizer())
     return ClassifierReward(scorer_of(labels=labels), adapter, RewardArguments(**options))
 
 
@@ -125,7 +125,7 @@ def test_softmax_of_large_logits_does_not_overflow():
 
 
 def test_a_reward_model_of_one_output_scores_by_it_and_measures_no_toxicity():
-    adapter = adapter_for(tiny.t5().config, tiny.tokenizer())
+    adapter = adapter_for(tiny.t5(), tiny.tokenizer())
     scorer = scorer_of(labels=("LABEL_0",))
     for output in ("logit", "probability"):  # its probability would be 1 whatever it reads
         reward = ClassifierReward(scorer, adapter, RewardArguments(reward_output=output))
@@ -179,7 +179,7 @@ def test_length_is_charged_on_both_sides_of_its_target():
 
 
 def test_the_watch_is_scored_and_never_summed():
-    adapter = adapter_for(tiny.t5().config, tiny.tokenizer())
+    adapter = adapter_for(tiny.t5(), tiny.tokenizer())
     unseen = LabelScore(scorer_of(labels=("hate", "nothate")), adapter, RewardArguments(), label="hate", option="watch")
     plain = weighted([1.0]).scores(QUERIES, RESPONSES, LENGTHS)
     reward = weighted([1.0], watch=unseen)
@@ -189,7 +189,7 @@ def test_the_watch_is_scored_and_never_summed():
 
 
 def test_texts_cut_are_counted_over_all_models():
-    adapter = adapter_for(tiny.t5().config, tiny.tokenizer())
+    adapter = adapter_for(tiny.t5(), tiny.tokenizer())
     scores = [LabelScore(scorer_of(), adapter, RewardArguments(), label="hate", option="x") for _ in range(2)]
     reward = weighted([1.0, 1.0, 1.0], further={"other": scores[0], "words": length_in_words}, watch=scores[1])
     reward.scores(["w3"], [" ".join(words(80))], [80])

@@ -34,7 +34,7 @@ def model(request, model_of):
 
 
 def sample(model, queries, samples=None, *, seed=0, shortest_limit=None, adapter=None, value_head=None, **options):
-    adapter = adapter or adapter_for(model.config, tiny.tokenizer())
+    adapter = adapter or adapter_for(model, tiny.tokenizer())
     samples = range(len(queries)) if samples is None else samples
     arguments = GenerationArguments(**({"max_new_tokens": 8} | options))
     return generate(
@@ -44,7 +44,7 @@ def sample(model, queries, samples=None, *, seed=0, shortest_limit=None, adapter
 
 
 def adapter_ending_at(model, *eos_ids):
-    adapter = adapter_for(model.config, tiny.tokenizer())
+    adapter = adapter_for(model, tiny.tokenizer())
     adapter.eos_ids = list(eos_ids)
     return adapter
 
@@ -138,7 +138,7 @@ def test_temperature_0_is_greedy_decoding(model):
 
 def expected_distribution(model, query, *, temperature=1.0, top_k=0, top_p=1.0):
     """First token's probabilities, from the model's logits by the definition of each filter."""
-    adapter = adapter_for(model.config, tiny.tokenizer())
+    adapter = adapter_for(model, tiny.tokenizer())
     logits, _ = adapter.score(model, adapter.scoring_batch([query], [[1]], CPU))
     probabilities = (logits[0, 0].double() / temperature).softmax(-1)
     order = probabilities.argsort(descending=True)
@@ -174,7 +174,7 @@ def test_tokens_are_drawn_from_the_softmax(model_of, family, options):
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 5}, {"temperature": 0.0}], ids=str)
 def test_logprobs_and_values_are_those_of_a_forward_pass(model, options):
-    adapter = adapter_for(model.config, tiny.tokenizer())
+    adapter = adapter_for(model, tiny.tokenizer())
     policy = Policy(model, adapter).eval()
     responses = sample(model, QUERIES * 3, shortest_limit=2, max_new_tokens=20, value_head=policy.v_head, **options)
     assert len({len(response.tokens) for response in responses}) > 2  # some rows ended long before others

@@ -36,7 +36,7 @@ class Task:
 class Encoding:
     """What the model wants: prompts of at most ``prompt_limit`` tokens; answers of at most ``max_target_length``.
 
-    Decoder-only models read prompt and answer as one sequence, whose answer ends with one of ``eos_ids``.
+    Every answer ends with one of ``eos_ids``; decoder-only models read prompt and answer as one sequence.
     """
 
     encoder_decoder: bool
@@ -100,7 +100,7 @@ def prepare_task(task: Task, tokenizer: PreTrainedTokenizerBase, encoding: Encod
         )
         length = encoding.max_target_length
         if encoding.encoder_decoder:
-            labelled, targets = encode_targets(prompts.dataset, tokenizer, length)
+            labelled, targets = encode_targets(prompts.dataset, tokenizer, length, encoding.eos_ids)
         else:
             labelled, targets = encode_continuations(prompts.dataset, tokenizer, length, encoding.eos_ids, ending)
         kept = {"query": list(prompts.dataset["query"]), "references": list(prompts.dataset["references"])}

@@ -15,16 +15,31 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label that no loss counts
 
 
+def encode_answers(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], max_length: int | None = None
+) -> list[list[int]]:
+    """Encode answers as the labels of an encoder-decoder, at most ``max_length`` tokens with one of ``eos_ids`` each.
+
+    Where the tokenizer puts no end token after a text, the first of ``eos_ids`` is added: a model that never sees one
+    never learns to stop.
+    """
+    added: Sequence[int] = tokenizer(text_target="")["input_ids"]
+    end = [] if set(added) & set(eos_ids) else [eos_ids[0]]
+    cut = {} if max_length is None else {"truncation": True, "max_length": max(1, max_length - len(end))}
+    rows: list[list[int]] = tokenizer(text_target=list(texts), verbose=False, **cut)["input_ids"]
+    return [row if row and row[-1] in eos_ids else [*row, *end] for row in rows]
+
+
 def encode_targets(
-    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_target_length: int
+    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_target_length: int, eos_ids: Sequence[int]
 ) -> tuple[datasets.Dataset, str]:
     """Rows of "input_ids" and "labels" (the first reference, at most ``max_target_length`` tokens) for a Trainer.
 
-    A cut answer keeps its end-of-sequence token. Also returns one line that says how many were cut.
+    A cut answer keeps its end token, one of ``eos_ids``. Also returns one line that says how many were cut.
     """
     texts = [references[0] for references in dataset["references"]]
-    whole = tokenizer(text_target=texts, verbose=False)["input_ids"]
-    labels = tokenizer(text_target=texts, truncation=True, max_length=max_target_length)["input_ids"]
+    whole = encode_answers(texts, tokenizer, eos_ids)
+    labels = encode_answers(texts, tokenizer, eos_ids, max_target_length)
     lost = [len(full) - len(cut) for full, cut in zip(whole, labels, strict=True) if len(full) > len(cut)]
     report = f"answers: {len(texts):,}, cut to {max_target_length} tokens: {len(lost):,} ({sum(lost):,} tokens lost)"
     return datasets.Dataset.from_dict({"input_ids": list(dataset["input_ids"]), "labels": labels}), report
@@ -40,14 +55,14 @@ def encode_continuations(
     """Rows of "input_ids", prompt and first reference as one sequence, and "labels", -100 on the prompt's tokens.
 
     The answer with its ``ending`` (a chat template's) has at most ``max_target_length`` tokens, and one of ``eos_ids``
-    at or near its end, so that the model learns to stop; a cut answer keeps both. Also returns a line as
-    ``encode_targets``.
+    at or near its end (the first, where the ending has none), so that the model learns to stop; a cut answer keeps
+    both. Also returns a line as ``encode_targets``.
     """
     texts = [references[0] for references in dataset["references"]]
     whole = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     end = list(tokenizer(ending, add_special_tokens=False)["input_ids"]) if ending else []
     if not set(end) & set(eos_ids):
-        end.append(eos_ids[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
+        end.append(eos_ids[0])
     room = max(1, max_target_length - len(end))
     input_ids, labels, lost = [], [], []
     for prompt, answer in zip(dataset["input_ids"], whole, strict=True):

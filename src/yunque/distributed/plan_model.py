@@ -248,7 +248,7 @@ def _scored(model: Any, value_head: Any, task: str, batch: Batch) -> Tensor:
 
     head.forward = instead
     names = SimpleNamespace(pad_token_id=0, eos_token_id=1, model_max_length=2**30)
-    _, hidden_BRD = adapter_for(model.config, names).score(model, ScoringBatch(inputs, response_BR, response_BR))
+    _, hidden_BRD = adapter_for(model, names).score(model, ScoringBatch(inputs, response_BR, response_BR))
     loss = (found[0].exp() * found[0]).sum()
     return loss if value_head is None else loss + value_head(hidden_BRD).square().sum()
 

@@ -100,7 +100,7 @@ class TorchGenerator:
     def __init__(self, loaded: InferenceModel, name: str, device: torch.device) -> None:
         self.loaded, self.name, self.device = loaded, name, device
         self.model, self.tokenizer = loaded.model.to(device), loaded.tokenizer
-        self.adapter = adapter_for(self.model.config, self.tokenizer)
+        self.adapter = adapter_for(self.model, self.tokenizer)
         self.is_encoder_decoder: bool = self.model.config.is_encoder_decoder
         self.lean = not loaded.has_virtual_tokens and has_plain_head(self.model, self.adapter)
 
@@ -156,9 +156,8 @@ class TorchGenerator:
 
     @property
     def end_id(self) -> int:
-        """The tokenizer's, where it names one."""
-        own = self.tokenizer.eos_token_id
-        return int(self.adapter.eos_ids[0] if own is None else own)
+        """The token that training puts after an answer."""
+        return self.adapter.eos_ids[0]
 
     @torch.no_grad()
     def next_logits(self, query: TokenIds, tokens: TokenIds) -> np.ndarray:

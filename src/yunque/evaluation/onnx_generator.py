@@ -36,7 +36,7 @@ class OnnxGenerator:
         self.model: runtime.Seq2SeqModel | runtime.CausalModel = loaded
         self.tokenizer: Any = load_tokenizer(args)
         self.is_encoder_decoder = isinstance(loaded, runtime.Seq2SeqModel)
-        self.eos_ids = tuple(sorted({*loaded.spec.eos_token_ids, self.tokenizer.eos_token_id} - {None}))
+        self.eos_ids = loaded.spec.eos_token_ids
 
     def prompt_limit(self, max_new_tokens: int) -> int:
         """Prompt and answer share a decoder's positions; of an encoder-decoder each has all."""
@@ -90,9 +90,8 @@ class OnnxGenerator:
 
     @property
     def end_id(self) -> int:
-        """The tokenizer's, where it names one."""
-        own = self.tokenizer.eos_token_id
-        return int(self.eos_ids[0] if own is None else own)
+        """The first that its export found."""
+        return self.eos_ids[0]
 
     def next_logits(self, query: TokenIds, tokens: TokenIds) -> np.ndarray:
         """From one run over query and tokens."""

@@ -58,7 +58,7 @@ def build_meter(
     The judge, if there is one, is loaded.
     """
     generator = torch_generator(source, device)
-    adapter = adapter_for(source.config, source.tokenizer)
+    adapter = adapter_for(source.model, source.tokenizer)
     sampling = GenerationArguments(temperature=settings.temperature, max_new_tokens=settings.max_new_tokens)
     greedy = GenerationArguments(temperature=0.0, max_new_tokens=settings.max_new_tokens)
 

@@ -96,7 +96,7 @@ def write_texts(
 
 
 def _answers(source: Source, rows: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
-    adapter = adapter_for(source.config, source.tokenizer)
+    adapter = adapter_for(source.model, source.tokenizer)
     adapter.pad_id = adapter.pad_id or 0  # masked wherever it stands
     options = GenerationArguments(temperature=0, max_new_tokens=new_tokens)
     answers = []

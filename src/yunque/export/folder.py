@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from yunque.export.parity import check_parity, find_prompts
 from yunque.export.quantized import Precision, Written
 from yunque.export.source import Source, load_source
 from yunque.export.weights import WeightFile
+from yunque.models.adapter import end_token_ids, record_end_tokens
 from yunque.runtime.spec import ModelSpec
 
 STAGE = "onnx"
@@ -109,6 +110,7 @@ def _save_graphs(graphs: dict[str, Graph], folder: Path) -> dict[str, str]:
 def _save_configuration(source: Source, folder: Path) -> None:
     source.config.save_pretrained(folder)
     if source.kind != "classifier":
+        record_end_tokens(source.model, source.tokenizer)
         source.model.generation_config.save_pretrained(folder)
     source.tokenizer.save_pretrained(folder)
 
@@ -140,7 +142,7 @@ def specification(source: Source, files: dict[str, str]) -> ModelSpec:
         raise InputError("model_name_or_path: its configuration names no decoder_start_token_id; add it there")
     return ModelSpec(
         vocab_size=rows,
-        eos_token_ids=_as_tuple(generation.eos_token_id),
+        eos_token_ids=tuple(end_token_ids(source.model, source.tokenizer)),
         decoder_start_token_id=start,
         forced_bos_token_id=generation.forced_bos_token_id,
         forced_eos_token_id=generation.forced_eos_token_id,
@@ -153,12 +155,6 @@ def _max_positions(config: Any) -> int | None:
         return None
     most = int(config.max_position_embeddings)
     return most - config.pad_token_id - 1 if config.model_type == "roberta" else most
-
-
-def _as_tuple(ids: int | Sequence[int] | None) -> tuple[int, ...]:
-    if ids is None:
-        return ()
-    return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 def _manifest(name: str) -> artifacts.Manifest | None:

@@ -31,10 +31,10 @@ class ScoringBatch:
 class ModelAdapter(ABC):
     """Turns token lists into model inputs and model outputs into per-response-token tensors."""
 
-    def __init__(self, config: Any, tokenizer: Any) -> None:
-        self.config = config
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.config = config = model.config
         self.pad_id: int = tokenizer.pad_token_id
-        self.eos_ids: list[int] = _eos_ids(config, tokenizer)
+        self.eos_ids: list[int] = end_token_ids(model, tokenizer)
         self.hidden_size: int = config.get_text_config(decoder=True).hidden_size
         self.tokenizer_limit: int = tokenizer.model_max_length
 
@@ -157,9 +157,9 @@ class DecoderOnly(ModelAdapter):
         return self._positions - max_new_tokens
 
 
-def adapter_for(config: Any, tokenizer: Any) -> ModelAdapter:
+def adapter_for(model: Any, tokenizer: Any) -> ModelAdapter:
     """Choose the adapter of a model by its configuration."""
-    return (EncoderDecoder if config.is_encoder_decoder else DecoderOnly)(config, tokenizer)
+    return (EncoderDecoder if model.config.is_encoder_decoder else DecoderOnly)(model, tokenizer)
 
 
 def pad(rows: Sequence[TokenIds], value: int, device: torch.device, *, left: bool = False) -> tuple[Tensor, Tensor]:
@@ -179,9 +179,29 @@ def _padded_inputs(queries: Sequence[TokenIds], pad_id: int, device: torch.devic
     return {"input_ids": input_ids, "attention_mask": mask.long()}
 
 
-def _eos_ids(config: Any, tokenizer: Any) -> list[int]:
-    ids = config.get_text_config(decoder=True).eos_token_id
-    found = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Collect the ids that end an answer, for training, evaluation, export and serving alike.
+
+    They are those of the tokenizer, of the generation configuration and of the configuration together: chat models
+    (Llama 3, Gemma 3, Phi 3.5) name the token that ends a turn in one of them only. The first is the one that training
+    puts after an answer. Ids outside the vocabulary, such as a configuration's untouched default, end nothing.
+
+    Raises:
+        InputError: none of the three names one.
+    """
+    config = model.config.get_text_config(decoder=True)
+    generation = getattr(model, "generation_config", None)
+    named = [tokenizer.eos_token_id, getattr(generation, "eos_token_id", None), config.eos_token_id]
+    ids = dict.fromkeys(token for part in named for token in (part if isinstance(part, list | tuple) else [part]))
+    found = [token for token in ids if token is not None and 0 <= token < config.vocab_size]
     if not found:
         raise InputError("model_name_or_path: neither model nor tokenizer names an end-of-sequence token")
-    return sorted(found)
+    return found
+
+
+def record_end_tokens(model: Any, tokenizer: Any) -> None:
+    """Let transformers' own ``generate`` end answers of ``model``, once saved, where training and evaluation do."""
+    ids = end_token_ids(model, tokenizer)
+    known = model.generation_config.eos_token_id
+    if set(ids) != set(known if isinstance(known, list) else [known]):
+        model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]

@@ -35,6 +35,7 @@ from transformers import (
 from transformers.utils import logging
 
 from yunque.errors import InputError
+from yunque.models.adapter import record_end_tokens
 from yunque.models.arguments import ModelArguments, PromptTuningArguments
 from yunque.models.copying import read_whole
 from yunque.models.placement import check_adapter, loading_options, share_embedding, weights_left_whole
@@ -218,6 +219,8 @@ def save_model(
 
     ``weights`` are the gathered ones of a model that is split over ranks.
     """
+    if model.can_generate():
+        record_end_tokens(model, tokenizer)
     with weights_left_whole(model):
         if not isinstance(model, PeftModel):
             model.save_pretrained(folder, state_dict=weights)

@@ -10,6 +10,7 @@ import datasets
 import torch
 from torch import Tensor
 
+from yunque.data.targets import encode_answers
 from yunque.errors import InputError
 from yunque.models.adapter import ModelAdapter, ScoringBatch
 from yunque.models.preference_arguments import PairArguments
@@ -71,26 +72,23 @@ def _prompt_limit(adapter: ModelAdapter, args: PairArguments) -> int:
 def _encode(rows: datasets.Dataset, tokenizer: Any, adapter: ModelAdapter) -> list[list[list[int]]]:
     """Token ids of prompts, chosen and rejected answers."""
     texts = {name: list(rows[name]) for name in ("prompt", "chosen", "rejected")}
-    eos: int = tokenizer.eos_token_id
+    eos_ids = adapter.eos_ids
     prompts = tokenizer(texts["prompt"], verbose=False)["input_ids"]
     if adapter.config.is_encoder_decoder:
-        answers = [tokenizer(text_target=texts[name], verbose=False)["input_ids"] for name in ("chosen", "rejected")]
-        return [prompts, *([[*_without(eos, ids), eos] for ids in part] for part in answers)]
+        return [prompts, *(encode_answers(texts[name], tokenizer, eos_ids) for name in ("chosen", "rejected"))]
     wholes = [
         tokenizer([a + b for a, b in zip(texts["prompt"], texts[name], strict=True)], verbose=False)["input_ids"]
         for name in ("chosen", "rejected")
     ]
     encoded: list[list[list[int]]] = [[], [], []]
     for prompt, *both in zip(prompts, *wholes, strict=True):
-        border = min(_common(_without(eos, prompt), whole) for whole in both)
+        appended = len(prompt) > 0 and prompt[-1] == tokenizer.eos_token_id
+        border = min(_common(prompt[:-1] if appended else prompt, whole) for whole in both)
         encoded[0].append(prompt[:border])
         for part, whole in zip(encoded[1:], both, strict=True):
-            part.append([*_without(eos, whole)[border:], eos])
+            answer = whole[border:]
+            part.append(answer if answer and answer[-1] in eos_ids else [*answer, eos_ids[0]])
     return encoded
-
-
-def _without(eos: int, ids: list[int]) -> list[int]:
-    return ids[:-1] if ids and ids[-1] == eos else ids
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -45,7 +45,7 @@ class LocalModel:
             raise InputError(str(error).replace("model_name_or_path", option, 1)) from error
         self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
         self.model: Any = model.to(self.device).eval().requires_grad_(False)
-        self.adapter = adapter_for(model.config, self.tokenizer)
+        self.adapter = adapter_for(model, self.tokenizer)
         self.batch_size = args.batch_size
         self.identity = _identity(name, args)
         self.source = name

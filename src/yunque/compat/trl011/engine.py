@@ -25,7 +25,7 @@ class WrappedPolicy(Policy):
     """Language model and value head of a wrapper as the engine's policy; the weights are the wrapper's own."""
 
     def __init__(self, wrapper: PreTrainedModelWrapper, tokenizer: Any) -> None:
-        adapter = adapter_for(wrapper.config, tokenizer)
+        adapter = adapter_for(wrapper.pretrained_model, tokenizer)
         if adapter.pad_id is None:
             adapter.pad_id = adapter.eos_ids[0]  # padding is masked: any token will do
         super().__init__(wrapper.pretrained_model, adapter)

@@ -90,6 +90,17 @@ def arguments(source, folder, **options):
     return ExportArguments(model_name_or_path=str(source), output_dir=str(folder), parity_tokens=8, **options)
 
 
+def test_answers_end_at_every_token_that_any_file_names(tmp_path):
+    model, tokenizer = tiny.llama(), tiny.tokenizer(eos_token="w40")
+    model.generation_config.eos_token_id = [1, 41]
+    model.config.eos_token_id = 42
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    export(ExportArguments(model_name_or_path=str(tmp_path / "model"), output_dir=tmp_path / "onnx"))
+    loaded = load(tmp_path / "onnx", threads=1)
+    assert loaded.spec.eos_token_ids == (40, 1, 41, 42)
+
+
 def test_adapter_is_merged(exported, tmp_path):
     base = exported("t5").source
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ class Training:
     learning_rate: float = field(default=1e-5, metadata={"help": "Step size."})
     max_steps: int = field(default=10, metadata={"help": "Number of steps."})
     resume: bool = field(default=False, metadata={"help": "Continue."})
-    warmup: float = field(default=0.0, metadata={"help": "Fraction of the steps."})
+    warmup: float = field(default=0.0, metadata={"help": "Fraction of the steps, 5 % / 100, %d."})
     targets: list[str] = field(default_factory=list, metadata={"help": "Layers."})
     penalty: Literal["k1", "k3"] = field(default="k1", metadata={"help": "Estimator."})
     seed: int | None = field(default=None, metadata={"help": "Seed."})
@@ -111,3 +111,10 @@ def test_default_config_steps_aside_for_a_config_or_a_model(tmp_path):
     assert max_steps("--learning_rate", "0.1") == 7
     assert max_steps("--config", other) == max_steps(f"--config={other}") == Training.max_steps
     assert max_steps("--model_name_or_path", "t5") == max_steps("--model_name_or_path=t5") == Training.max_steps
+
+
+def test_a_per_cent_sign_in_a_help_text_is_plain(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(Model, Training, argv=["--help"])
+    assert stopped.value.code == 0
+    assert "Fraction of the steps, 5 % / 100, %d. (default: 0.0)" in " ".join(capsys.readouterr().out.split())

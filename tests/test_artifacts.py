@@ -10,9 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from yunque import artifacts, errors, provenance
 from yunque.errors import InputError
+from yunque.evaluation.writing import write_whole
 
 FILES = {"model.safetensors": b"weights", "tokenizer.json": b"{}", "plots/kl.png": b"picture"}
 
@@ -389,3 +392,21 @@ def test_git_commit_is_that_of_the_tracked_library_only(tmp_path, monkeypatch):
     library.write_text("changed")
     time.sleep(0.01)
     assert provenance.collect_git_commit() == git("rev-parse", "HEAD") + "-dirty"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_says(tmp_path, umask, mode):
+    def write(staging):
+        save_file({"weight": torch.zeros(2)}, staging / "model.safetensors")  # safetensors itself writes 0600
+        (staging / "deep").mkdir()
+        (staging / "deep" / "config.json").write_text("{}")
+
+    former = os.umask(umask)
+    try:
+        artifacts.save_model_folder(tmp_path / "model", write, stage="test", parents=[])
+        write_whole(tmp_path / "model" / "report.html", "text")
+    finally:
+        os.umask(former)
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert len(files) == 4
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(mode)}

@@ -21,6 +21,12 @@ class _Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Add an argument whose help text is plain: argparse would take its % for a format."""
+        if isinstance(text := options.get("help"), str):
+            options["help"] = text.replace("%", "%%")
+        return super().add_argument(*names, **options)
+
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         """Take the values of the YAML file as defaults, converted and checked as those of the command line are."""
         for action in self._actions:

@@ -213,9 +213,17 @@ def _file_names(folder: Path) -> list[str]:
 
 
 def sync_and_describe(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file that now lies on the disk."""
+    """Size and SHA-256 of a file that now lies on the disk, readable by whom the umask says."""
+    follow_umask(path)
     fsync(path)
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the mode of one that ``open`` makes: safetensors and ``mkstemp`` keep theirs to the owner (0600)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def fsync(path: Path) -> None:

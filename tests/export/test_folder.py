@@ -13,13 +13,14 @@ import torch
 from exported import CLASSIFIERS, GENERATORS, MANY_WORDS, REPEATING
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, OPTConfig
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, OPTConfig, T5Config
 
 from yunque import artifacts
 from yunque.errors import CheckFailed, InputError
 from yunque.export import t5
 from yunque.export.arguments import ExportArguments
 from yunque.export.folder import export
+from yunque.export.source import Source
 from yunque.runtime import load
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +134,52 @@ def test_classifier_adapter_is_merged(exported, tmp_path):
     with torch.inference_mode():
         wanted = model.eval()(torch.tensor([[5, 6, 7]])).logits.numpy()
     np.testing.assert_allclose(load(tmp_path / "onnx").logits([[5, 6, 7]]), wanted, atol=NEVER_BELOW)
+
+
+def with_large_logits(model, factor=4):
+    """A gated T5 whose float32 logits differ from float64's by far more than 1e-3, being of size 100."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data *= factor
+    return model
+
+
+def large(folder):
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=64, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_decoder_layers=1, num_heads=4, pad_token_id=0,
+        eos_token_id=1, decoder_start_token_id=0, feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    model = with_large_logits(AutoModelForSeq2SeqLM.from_config(config))
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(64, 64) * 40)
+    return save(model, folder)
+
+
+def test_the_limit_grows_with_the_logits(tmp_path):
+    parity = export(arguments(large(tmp_path / "model"), tmp_path / "onnx")).metrics["parity"]
+    assert parity["logit_scale"] > 10
+    assert parity["max_logit_difference"] <= 1e-3 * parity["logit_scale"]
+
+
+FAULTS = {
+    "a layer's norm of another epsilon": lambda state: state | {NORM: state[NORM] * 1.02},
+    "heads swapped": lambda state: state | {QUERY: np.roll(state[QUERY], 8, axis=0)},
+    "a head of another scale": lambda state: state | {HEAD: state[HEAD] * 1.05},
+}
+NORM, QUERY, HEAD = (
+    "decoder.block.0.layer.2.layer_norm.weight", "decoder.block.0.layer.0.SelfAttention.q.weight", "lm_head.weight"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_a_fault_of_the_export_is_found_whatever_the_size_of_the_logits(exported, tmp_path, monkeypatch, size, fault):
+    folder = large(tmp_path / "model") if size == "large" else exported("t5_untied").source
+    state = Source.state
+    monkeypatch.setattr(Source, "state", lambda self: FAULTS[fault](state(self)))
+    with pytest.raises(CheckFailed, match=r"--parity_tolerance|greedy choices"):
+        export(arguments(folder, tmp_path / "onnx"))
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_another_answer_than_torch_s_fails_the_export(exported, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from exported import CLASSIFIERS
 
 from yunque.errors import InputError
 from yunque.runtime import load
+from yunque.runtime.spec import label_indices, unique_labels
 
 WITHOUT_TORCH = """
 import sys
@@ -112,3 +113,16 @@ def test_scores_of_given_answers(exported):
         wanted = made.model(torch.tensor([[5, 6, 7]]), decoder_input_ids=torch.tensor([[0, 9, 10]])).logits[0]
     np.testing.assert_allclose(found[0], wanted.numpy(), atol=1e-4)
     assert found[1].shape == (2, 64)
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (("a", "b"), ("a", "b")),
+        (("other", "hate", "other"), ("other_0", "hate", "other_2")),
+        (("x", "x", "x_0"), ("x_0_0", "x_1", "x_0_2")),  # a name that was there already stays nobody's but its own
+    ],
+)
+def test_every_label_has_a_name_of_its_own(names, labels):
+    assert unique_labels(names) == labels
+    assert label_indices(dict(enumerate(names))) == {label: index for index, label in enumerate(labels)}

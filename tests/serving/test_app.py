@@ -1,5 +1,6 @@
 """The application over engines of numbered words (fake_served): limits, keys, errors, rude clients."""
 
+import gzip
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import socket
 import time
 
 import httpx
+import openai
 import pytest
 from fake_served import WORD, exchange, serving
 
@@ -300,12 +302,86 @@ def test_what_is_no_proper_request(open_server, data, status):
     assert exchange(open_server[1], b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
 
 
-def test_ten_megabytes_are_refused_before_they_are_sent_and_while(open_server, engine):
-    assert exchange(open_server[1], head(10 << 20)).startswith(b"HTTP/1.1 413")
-    chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
-    pieces = [head(more="Transfer-Encoding: chunked\r\n"), *[chunk] * 160]
-    assert pieces_taken(open_server[1], pieces, 0.001) < len(pieces)  # it hangs up long before the end
+EARLY = {  # answered before the body is read
+    "413": (head(4 << 20), 413),
+    "413 in chunks": (head(more="Transfer-Encoding: chunked\r\n"), 413),
+    "404": (head(4 << 20, path="/v1/nothing"), 404),
+    "405": (head(4 << 20, path="/health"), 405),
+    "415": (head(4 << 20).replace(b"application/json", b"text/plain"), 415),
+    "401": (head(4 << 20, path="/admin/swap"), 401),
+}
+
+
+@pytest.mark.parametrize("begin", EARLY)
+def test_an_early_answer_reaches_a_client_that_first_sends_all(closed_server, begin):
+    start, status = EARLY[begin]
+    if begin != "401":
+        start = start.replace(b"Host: x\r\n", f"Host: x\r\nAuthorization: Bearer {KEY}\r\n".encode())
+    piece = b" " * (1 << 16)
+    piece = b"10000\r\n" + piece + b"\r\n" if b"chunked" in start else piece
+    for _ in range(5):
+        with socket.create_connection(closed_server[1], timeout=20) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")  # a kept connection
+            received = b""
+            while not received.endswith(b"}"):
+                received += connection.recv(4096)
+            connection.sendall(start + piece * 64)
+            if b"chunked" in start:
+                connection.sendall(b"0\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 %d" % status)
+
+
+def test_an_early_answer_does_not_wait_for_the_body(open_server, engine):
+    for begin in (head(10 << 20), head(10 << 20, more="Expect: 100-continue\r\n")):
+        with socket.create_connection(open_server[1], timeout=5) as connection:
+            connection.sendall(begin)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 413")
     assert not engine.submitted
+
+
+# --- what clients send back, and how ----------------------------------------------------------------------------------
+
+
+def test_a_client_s_own_messages_are_taken_as_they_are(client):
+    answer = client.post("/v1/chat/completions", json={"model": "fake", "messages": [SAYS_X], "max_tokens": 2}).json()
+    message = openai.types.chat.ChatCompletion.model_validate(answer).choices[0].message
+    part = {"type": "text", "text": "more", "cache_control": {"type": "ephemeral"}}
+    turns = [SAYS_X, message.model_dump(), {"role": "user", "content": [part]}]
+    nothing = dict.fromkeys(("stop", "seed", "tools", "response_format", "top_logprobs", "logit_bias", "n"))
+    again = client.post("/v1/chat/completions", json={"model": "fake", "messages": turns, "max_tokens": 2} | nothing)
+    assert again.status_code == 200, again.text
+
+
+def test_gzip_bodies(client, engine):
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+
+    def send(content, **changed):
+        return client.post("/v1/completions", content=content, headers=headers | changed)
+
+    body = json.dumps(HELLO).encode()
+    assert send(gzip.compress(body)).status_code == 200
+    engine.submitted.clear()
+    bomb = gzip.compress(b" " * 300_000 + body)
+    assert len(bomb) < 1000
+    for content, status in ((bomb, 413), (body, 400), (gzip.compress(body)[:-9], 400)):
+        assert send(content).status_code == status
+    assert send(body, **{"Content-Encoding": "br"}).status_code == 415
+    assert not engine.submitted
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "param"),
+    [("/v1/completions", {"prompt": "x " * 5_000}, "prompt"),
+     ("/v1/chat/completions", {"messages": [SAYS_X | {"content": "x " * 5_000}]}, "messages"),
+     ("/generate", {"prompt": "x " * 5_000}, "prompt")],
+)  # fmt: skip
+def test_a_prompt_beyond_the_model_s_positions(client, path, asked, param):
+    answer = client.post(path, json={"model": "fake", **asked})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, param, "context_length_exceeded")
+
+
+# --- slow clients -----------------------------------------------------------------------------------------------------
 
 
 def pieces_taken(address, pieces, pause_s):

@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from yunque.artifacts import follow_umask
 from yunque.errors import InputError
 
 
@@ -32,9 +33,7 @@ def write_whole(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(staged, 0o666 & ~umask)  # mkstemp makes files that nobody else may read
+        follow_umask(Path(staged))
         os.replace(staged, path)
     except BaseException:
         os.unlink(staged)

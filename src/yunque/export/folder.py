@@ -22,7 +22,7 @@ from yunque.export.quantized import Precision, Written
 from yunque.export.source import Source, load_source
 from yunque.export.weights import WeightFile
 from yunque.models.adapter import end_token_ids, record_end_tokens
-from yunque.runtime.spec import ModelSpec
+from yunque.runtime.spec import ModelSpec, label_indices
 
 STAGE = "onnx"
 
@@ -127,7 +127,7 @@ def specification(source: Source, files: dict[str, str]) -> ModelSpec:
         "pad_token_id": pad or 0,
     }
     if source.kind == "classifier":
-        labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+        labels = tuple(label_indices(config.id2label))
         independent = config.problem_type == "multi_label_classification" or len(labels) == 1
         return ModelSpec(vocab_size=config.vocab_size, labels=labels, independent_labels=independent, **common)
     generation = source.model.generation_config

@@ -40,13 +40,15 @@ class Parity:
     max_step_difference: float  # of log-probabilities chosen step by step over the cache
     tokens_compared: int
     tokens_equal: int
-    ties: int  # unequal tokens whose two logits differ by less than the tolerance
+    ties: int  # unequal tokens whose two logits differ by less than the limit
+    logit_scale: float  # spread (root mean square) of torch's logits, which float32's own error grows with
 
     def __str__(self) -> str:
         """One line for the user."""
         return (
             f"parity on {self.prompts} prompts ({self.source}): largest logit difference "
-            f"{self.max_logit_difference:.1e}, {self.tokens_equal:,} of {self.tokens_compared:,} greedy choices equal, "
+            f"{self.max_logit_difference:.1e} (spread {self.logit_scale:.1f}), "
+            f"{self.tokens_equal:,} of {self.tokens_compared:,} greedy choices equal, "
             f"{self.ties} ties"
         )
 
@@ -55,24 +57,24 @@ class Parity:
 
 
 def find_prompts(
-    source: Source, dataset: str | None, split: str, column: str | None, most: int
+    source: Source, dataset: str | None, split: str, column: str | None, most: int, options: str = "parity"
 ) -> tuple[list[str], str]:
     """Texts to compare on, and where they come from: ``dataset``, else the model's own data, else a few built in.
 
     Raises:
-        InputError: ``dataset`` cannot be read.
+        InputError: ``dataset`` cannot be read; the message names the option, ``options``_dataset and its kin.
     """
     manifest = _manifest(source.name)
     template = (manifest.prompt_template if manifest else None) or "{text}"
     known = manifest.config.get("text_column") if manifest else None
     column = column or known or (DataArguments.text_column if template != "{text}" else "text")
     if dataset is not None:
-        return [template.replace("{text}", text) for text in _texts(dataset, split, column, most)], dataset
+        return [template.replace("{text}", text) for text in _texts(dataset, split, column, most, options)], dataset
     for data in manifest.data if manifest else ():
         name = str(data.get("name"))
         if Path(name).exists():
             try:
-                return [template.replace("{text}", text) for text in _texts(name, split, column, most)], name
+                return [template.replace("{text}", text) for text in _texts(name, split, column, most, options)], name
             except InputError:
                 continue  # moved, or of another form: the built-in prompts do
     return [_BUILT_IN[index % len(_BUILT_IN)] for index in range(min(most, len(_BUILT_IN)))], "built in"
@@ -82,17 +84,24 @@ def _manifest(name: str) -> artifacts.Manifest | None:
     return artifacts.read_manifest(name) if (Path(name) / artifacts.MANIFEST).is_file() else None
 
 
-def _texts(dataset: str, split: str, column: str, most: int) -> list[str]:
-    readers = open_source(SourceArguments(dataset_name=dataset))
-    arguments = SourceArguments(dataset_name=dataset, train_split=next(iter(readers)) if len(readers) == 1 else split)
-    raw = readers[find_split(arguments, readers, "train_split")]()
+def _texts(dataset: str, split: str, column: str, most: int, options: str) -> list[str]:
+    try:
+        readers = open_source(SourceArguments(dataset_name=dataset))
+        only = next(iter(readers)) if len(readers) == 1 else split
+        raw = readers[find_split(SourceArguments(dataset_name=dataset, train_split=only), readers, "train_split")]()
+    except InputError as error:  # of the loader, which knows its own options only
+        raise InputError(_renamed(str(error), options)) from error
     if column not in raw.columns:
-        raise InputError(f"parity_text_column: {dataset} has no column {column}; it has {', '.join(raw.columns)}")
+        raise InputError(f"{options}_text_column: {dataset} has no column {column}; it has {', '.join(raw.columns)}")
     texts = [str(row[column]) for row in raw.rows if row.get(column)]
     if not texts:
-        raise InputError(f"parity_dataset: {dataset} has no text in column {column}")
+        raise InputError(f"{options}_dataset: {dataset} has no text in column {column}")
     stride = max(1, len(texts) // most)
     return texts[::stride][:most]
+
+
+def _renamed(message: str, options: str) -> str:
+    return message.replace("dataset_name", f"{options}_dataset").replace("train_split", f"{options}_split")
 
 
 # --- comparison -------------------------------------------------------------------------------------------------------
@@ -120,11 +129,16 @@ def passed(parity: Parity, tolerance: float) -> Parity:
     """``parity``, if it is one.
 
     Raises:
-        CheckFailed: a logit differs by more than ``tolerance``, or a greedy token without being a tie.
+        CheckFailed: a logit differs by more than ``tolerance`` times the logits' spread (at least 1), or a greedy token
+            without being a tie.
     """
     largest = max(parity.max_logit_difference, parity.max_step_difference)
-    if not largest <= tolerance:  # a NaN fails too
-        raise CheckFailed(f"parity: logits differ by up to {largest:.2e} from torch, more than {tolerance:.0e}")
+    limit = _limit(tolerance, parity.logit_scale)
+    if not largest <= limit:  # a NaN fails too
+        raise CheckFailed(
+            f"parity: logits differ by up to {largest:.2e} from torch, more than {limit:.1e} (--parity_tolerance "
+            f"{tolerance:.0e} times their spread, {parity.logit_scale:.1f}); nothing was written"
+        )
     if parity.tokens_equal + parity.ties < parity.tokens_compared:
         wrong = parity.tokens_compared - parity.tokens_equal - parity.ties
         raise CheckFailed(f"parity: {wrong} of {parity.tokens_compared} greedy choices differ from torch's")
@@ -136,7 +150,11 @@ def compare_labels(source: Source, ids: Sequence[Sequence[int]], ours: NDArray[n
     theirs = np.concatenate([source.model(torch.tensor([list(row)])).logits.numpy() for row in ids])
     difference = float(np.abs(ours - theirs).max())
     equal = int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
-    return Parity(len(ids), origin, difference, 0.0, len(ids), equal, 0)
+    return Parity(len(ids), origin, difference, 0.0, len(ids), equal, 0, float(np.sqrt(np.square(theirs).mean())))
+
+
+def _limit(tolerance: float, scale: float) -> float:
+    return tolerance * max(1.0, scale)
 
 
 @dataclass(frozen=True)
@@ -183,11 +201,12 @@ def against_torch(
 
     ``start`` begins an encoder-decoder's answers; the first ``skipped`` tokens are no choices.
     """
-    differences, steps, equal, ties, compared, prompts = [0.0], [0.0], 0, 0, 0, 0
+    differences, steps, squares, equal, ties, compared, prompts = [0.0], [0.0], [0.0], 0, 0, 0, 0
     for row in written:
         prompts += 1
         theirs = _torch_logits(source, start, row.prompt, row.tokens)
         differences.append(float(np.abs(row.logits - theirs).max()))
+        squares.append(float(theirs.var(axis=1).mean()))  # a shift of a whole row is none of its spread
         chosen = np.array(row.tokens)
         places, best = np.arange(len(chosen)), theirs.argmax(axis=1)
         steps.append(float(np.abs(log_softmax(theirs)[places, chosen] - row.logprobs).max()))
@@ -195,8 +214,9 @@ def against_torch(
         gaps = (theirs[places, best] - theirs[places, chosen])[skipped:]
         compared += len(wrong)
         equal += int((~wrong).sum())
-        ties += int((wrong & (gaps <= tolerance)).sum())
-    return Parity(prompts, origin, float(np.max(differences)), float(np.max(steps)), compared, equal, ties)
+        ties += int((wrong & (gaps <= _limit(tolerance, squares[-1] ** 0.5))).sum())
+    scale = float(np.sqrt(np.mean(squares[1:]))) if prompts else 0.0
+    return Parity(prompts, origin, float(np.max(differences)), float(np.max(steps)), compared, equal, ties, scale)
 
 
 def _torch_logits(source: Source, start: int | None, prompt: list[int], answer: list[int]) -> NDArray[np.float32]:

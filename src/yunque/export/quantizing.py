@@ -124,7 +124,12 @@ def calibrate(
     if args.calibration_dataset is None:
         return None
     prompts, _ = find_prompts(
-        source, args.calibration_dataset, args.calibration_split, args.calibration_text_column, args.calibration_samples
+        source,
+        args.calibration_dataset,
+        args.calibration_split,
+        args.calibration_text_column,
+        args.calibration_samples,
+        "calibration",
     )
     texts, too_long = write_texts(
         source,

@@ -14,6 +14,7 @@ from yunque.errors import InputError
 from yunque.models.adapter import ModelAdapter, pad
 from yunque.models.decoding import length_batches
 from yunque.rl.config import RewardArguments
+from yunque.runtime.spec import label_indices
 
 REWARD_MODEL = "reward_model"
 """Name of the reward model among the parts of a reward."""
@@ -74,7 +75,7 @@ class ClassifierScorer:
         Raises:
             InputError: the classifier has no such label; the message lists those it has.
         """
-        labels = {str(name): int(index) for index, name in self.model.config.id2label.items()}
+        labels = label_indices(self.model.config.id2label)
         if label not in labels:
             raise InputError(f"{option}: the classifier has no label {label!r}; it has {', '.join(labels)}")
         return labels[label]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +40,22 @@ class ModelSpec:
         (folder / SPEC).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
+def unique_labels(names: Iterable[str]) -> tuple[str, ...]:
+    """Name every label once: those that share a name get their index behind it, as in ``other_0`` and ``other_2``.
+
+    Probabilities are keyed by label, so that of two of one name one would be lost.
+    """
+    labels = tuple(map(str, names))
+    while repeated := {label for label, count in Counter(labels).items() if count > 1}:
+        labels = tuple(f"{label}_{index}" if label in repeated else label for index, label in enumerate(labels))
+    return labels
+
+
+def label_indices(id2label: Mapping[int, str]) -> dict[str, int]:
+    """Columns of a classifier's logits by the unique names of its labels."""
+    return {name: index for index, name in enumerate(unique_labels(id2label[index] for index in sorted(id2label)))}
+
+
 def read_spec(folder: Path) -> ModelSpec:
     """Read ``runtime.json``.
 
@@ -56,5 +74,5 @@ def read_spec(folder: Path) -> ModelSpec:
     known = {field.name for field in fields(ModelSpec)}
     if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != known:
         raise InputError(f"{path}: not of format {FORMAT}, which this version of yunque reads; export again")
-    content["eos_token_ids"], content["labels"] = tuple(content["eos_token_ids"]), tuple(content["labels"])
+    content["eos_token_ids"], content["labels"] = tuple(content["eos_token_ids"]), unique_labels(content["labels"])
     return ModelSpec(**content)

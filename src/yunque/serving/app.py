@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import time
@@ -27,6 +28,8 @@ from yunque.serving.service import Service
 from yunque.serving.settings import ServerSettings
 
 _CLIENT_GONE = 499  # nginx's word for it, in the log
+_DRAIN_S = 10.0
+"""Time for a client to send the rest of a body that nobody wants."""
 
 
 def create_app(settings: ServerSettings) -> Starlette:
@@ -105,6 +108,7 @@ class _Front:
         route = next((each.path for each in self._routes if each.matches(scope)[0] != Match.NONE), None)
         told = scope["yunque"] = Told(request_id(headers), _client(scope))
         status = 0
+        body = _Body(receive, headers)
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -114,24 +118,28 @@ class _Front:
                 message["headers"] = [*message.get("headers", []), *added]
             elif "first_byte_s" not in told.fields:
                 told.fields["first_byte_s"] = round(time.perf_counter() - began, 6)
+            if message["type"] == "http.response.body" and not message.get("more_body") and body.is_unread:
+                await send({**message, "more_body": True})  # the whole answer, before the exchange ends
+                await body.drain()
+                message = {"type": "http.response.body"}
             await send(message)
 
         try:
             self._admit(route, headers)
             self._service.active += 1
             try:
-                await self._app(scope, receive, sending)
+                await self._app(scope, body.receive, sending)
             finally:
                 self._service.active -= 1
         except Problem as refused:
-            await refused.response()(scope, receive, sending)
+            await refused.response()(scope, body.receive, sending)
         except ClientGone:
             status = _CLIENT_GONE
         except Exception:
             logs.LOGGER.exception("failed", extra={"fields": {"request_id": told.request_id}})
             if status == 0:
                 problem = Problem(500, "the server failed on this request", code="internal_error")
-                await problem.response()(scope, receive, sending)
+                await problem.response()(scope, body.receive, sending)
             else:
                 raise
         finally:
@@ -171,6 +179,32 @@ class _Front:
         if self._service.settings.log_requests:
             fields |= told.texts
         logs.event("request", **fields)
+
+
+class _Body:
+    """A request's body as it is received, so that what an early answer leaves unread can be taken off the connection.
+
+    A connection that is closed while bytes lie unread in it is reset, and the client may lose the answer (RFC 9112,
+    section 9.6).
+    """
+
+    def __init__(self, receive: Receive, headers: list[tuple[bytes, bytes]]) -> None:
+        self._receive = receive
+        # Who waits for 100 Continue has sent nothing yet, and will not.
+        self.is_unread = not any(name == b"expect" for name, _ in headers)
+
+    async def receive(self) -> Message:
+        """The next message, as ASGI's ``receive``."""
+        message = await self._receive()
+        self.is_unread = bool(message.get("more_body"))
+        return message
+
+    async def drain(self) -> None:
+        """Read what is left and throw it away, for at most ``_DRAIN_S`` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                while self.is_unread:
+                    await self.receive()
 
 
 def _client(scope: Scope) -> str:

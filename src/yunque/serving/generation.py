@@ -254,17 +254,24 @@ async def encode(served: Served, texts: Sequence[str], *, special_tokens: bool =
 
 
 def check_prompts(served: Served, prompts: Sequence[Sequence[int]], settings: ServerSettings, param: str) -> None:
-    """Check the prompts' lengths and tokens.
+    """Check the prompts' lengths, which leave room for a new token, and their tokens.
 
     Raises:
         Problem: 400, empty, too long, or a token that the model does not have.
     """
+    spec = served.model.spec
+    positions = (spec.max_positions or 1 << 30) - (spec.kind == "causal")
     for prompt in prompts:
         if not prompt:
             raise Problem(400, f"{param}: holds no token; give some text", param=param, code="invalid_value")
         if len(prompt) > settings.max_prompt_tokens:
             raise Problem(
                 400, f"{param}: has {len(prompt)} tokens, this server takes {settings.max_prompt_tokens} at most",
+                param=param, code="context_length_exceeded",
+            )  # fmt: skip
+        if len(prompt) > positions:
+            raise Problem(
+                400, f"{param}: has {len(prompt)} tokens, the model takes {positions} at most",
                 param=param, code="context_length_exceeded",
             )  # fmt: skip
         if max(prompt) >= served.model.spec.vocab_size:

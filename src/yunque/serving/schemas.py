@@ -89,6 +89,7 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: str
+    cache_control: dict[str, Any] | None = Field(None, description="Taken and not used")
 
 
 class Message(Body):
@@ -97,7 +98,10 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
     name: Annotated[str, Field(max_length=64)] | None = None
+    cache_control: dict[str, Any] | None = Field(None, description="Taken and not used")
+    # what an answer's own message has, which clients send back as it is
     refusal: None = None
+    annotations: EmptyList | None = None
     audio: None = None
     tool_calls: EmptyList | None = None
     function_call: None = None

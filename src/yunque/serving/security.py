@@ -6,6 +6,7 @@ import hmac
 import os
 import re
 import secrets
+import zlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -110,18 +111,20 @@ def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:
-    """The body of a JSON request.
+    """The body of a JSON request, gzip taken off.
 
     Raises:
-        Problem: 413, larger than ``limit_bytes``; 415, not said to be JSON; 400, broken off.
+        Problem: 413, larger than ``limit_bytes``, compressed or not; 415, not said to be JSON, or of another coding;
+            400, broken off or no gzip.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # A page of another site can send text/plain unasked, but JSON only where this server allows it.
         raise Problem(415, "Content-Type: send application/json", code="unsupported_media_type")
-    too_large = Problem(
-        413, f"the body is larger than {limit_bytes} bytes", code="body_too_large", headers={"Connection": "close"}
-    )
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("identity", "gzip", "x-gzip"):
+        raise Problem(415, "Content-Encoding: send the body plain or as gzip", code="unsupported_media_type")
+    too_large = Problem(413, f"the body is larger than {limit_bytes} bytes", code="body_too_large")
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > limit_bytes:
         raise too_large
@@ -133,7 +136,18 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
                 raise too_large
     except ClientDisconnect as error:
         raise Problem(400, "the body broke off", code="body_incomplete") from error
-    return bytes(body)
+    if coding == "identity":
+        return bytes(body)
+    gzip = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    try:
+        plain = gzip.decompress(bytes(body), limit_bytes + 1)
+    except zlib.error as error:
+        raise Problem(400, "Content-Encoding: the body is no gzip", code="invalid_encoding") from error
+    if len(plain) > limit_bytes:
+        raise too_large
+    if not gzip.eof:
+        raise Problem(400, "Content-Encoding: the gzip body is cut short", code="invalid_encoding")
+    return plain
 
 
 _HINTS = {

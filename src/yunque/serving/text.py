@@ -58,6 +58,11 @@ class Detokenizer:
             self._former, self._known = len(self._tokens), text
         return self._cleaned(new) if self._decoder.cleans_up else new
 
+    @property
+    def held_chars(self) -> int:
+        """Whole characters that cleaning up may yet change."""
+        return len(self._unclean)
+
     def finish(self) -> str:
         """What was held back, as it is."""
         rest = self._decoder.decode_raw(self._tokens)[len(self._known) :]
@@ -90,11 +95,19 @@ class TextWriter:
         self._stop = tuple(stop)
         self._longest = max(map(len, stop), default=0)
         self._held = ""
+        self._made = 0
         self.stopped = False
+
+    @property
+    def length(self) -> int:
+        """Characters of the text so far, with those that are held back."""
+        return self._made + self._detokenizer.held_chars
 
     def add(self, token: int) -> str:
         """The text that may be shown after ``token``."""
-        return self._release(self._detokenizer.add(token))
+        new = self._detokenizer.add(token)
+        self._made += len(new)
+        return self._release(new)
 
     def finish(self) -> str:
         """The rest of the text."""

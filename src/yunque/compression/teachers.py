@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from yunque.compression.arguments import TeacherArguments
 from yunque.errors import InputError
 from yunque.models.arguments import ModelArguments
-from yunque.models.copying import read_whole
 from yunque.models.embedded import EMBEDDED, ensure_embedded
 from yunque.models.loading import load_model, load_tokenizer, merge_loaded_adapter
 
@@ -39,8 +38,7 @@ def load_teacher(args: TeacherArguments, option: str, *, like: Any = None) -> tu
     )
     try:
         tokenizer = load_tokenizer(options)
-        with read_whole():  # no engine takes the teacher: every rank needs all of it
-            model = load_model(options, tokenizer)
+        model = load_model(options, tokenizer)
     except InputError as error:
         raise InputError(str(error).replace("model_name_or_path", option, 1)) from error
     if like is not None and tokenizer.get_vocab() != like.get_vocab():

@@ -7,11 +7,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from yunque.distributed.checkpoint import Checkpoints, Found, Score, Training
+from yunque.distributed.gathering import buffers_left_whole
+from yunque.distributed.zero import forget_forward_passes
 from yunque.errors import InputError
+from yunque.models import start_check
+from yunque.models.policy import eval_mode
 
 
 class ResumableTrainer(Trainer):
@@ -54,12 +59,25 @@ class ResumableTrainer(Trainer):
         """Wait until engine and optimizer are there: ``_prepare_for_training`` loads all at once."""
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Prepare as for a fresh run, then load: the Trainer's own way differs by engine and reads only its files."""
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        """Prepare as for a fresh run, then load: the Trainer's own way differs by engine and reads only its files.
+
+        In between, the engine has the model as it starts, which is checked.
+        """
+        start = start_check.plain_start(self.model, self.accelerator)
+        with buffers_left_whole(self.model, self.accelerator):
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if start is not None:
+            with eval_mode(self.model_wrapped):
+                start_check.check_start(start, self.model, self.accelerator, self._logits)
+            forget_forward_passes(self.model_wrapped)
         if resume_from_checkpoint is not None:
             assert self.found is not None, "go_on_from comes before training"
             self.checkpoints.load(self.found, self._training())
         return prepared
+
+    def _logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = self.model_wrapped(**inputs).logits
+        return logits
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.found is not None:

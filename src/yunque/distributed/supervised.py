@@ -199,12 +199,12 @@ def fit(
 
 def _measured(trainer: LengthGrouping | PreferenceTrainer, before: Callable[[], Any] | None) -> Any:
     """What ``before`` returns; then ZeRO-3 forgets its forward passes, by whose order it would gather weights."""
+    from yunque.distributed.zero import forget_forward_passes
+
     if before is None:
         return None
     result = before()
-    offload = getattr(getattr(trainer.model_wrapped, "optimizer", None), "parameter_offload", None)
-    if offload is not None and not offload.get_param_coordinator().is_invalid_trace():
-        offload.get_param_coordinator()._invalidate_trace()
+    forget_forward_passes(trainer.model_wrapped)
     return result
 
 

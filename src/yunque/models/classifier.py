@@ -25,23 +25,31 @@ def load_to_classify(args: ModelArguments, tokenizer: Any, label_names: Sequence
     Raises:
         InputError: the architecture has no classification form, or LoRA targets that match no layer.
     """
+    from yunque.models.start_check import read_checked
+
+    return read_checked(_load_to_classify)(args, tokenizer, label_names)
+
+
+def _load_to_classify(args: ModelArguments, tokenizer: Any, label_names: Sequence[str]) -> PreTrainedModel | PeftModel:
     from peft import TaskType
     from transformers import AutoModelForSequenceClassification
 
+    from yunque.models.copying import tied_by_whole_weights
     from yunque.models.loading import add_lora
 
     name = str(args.model_name_or_path)
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            revision=args.model_revision,
-            dtype=args.dtype,
-            attn_implementation=args.attn_implementation,
-            trust_remote_code=args.trust_remote_code,
-            id2label=dict(enumerate(label_names)),
-            label2id={label: number for number, label in enumerate(label_names)},
-            ignore_mismatched_sizes=True,
-        )
+        with tied_by_whole_weights():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                revision=args.model_revision,
+                dtype=args.dtype,
+                attn_implementation=args.attn_implementation,
+                trust_remote_code=args.trust_remote_code,
+                id2label=dict(enumerate(label_names)),
+                label2id={label: number for number, label in enumerate(label_names)},
+                ignore_mismatched_sizes=True,
+            )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model_name_or_path: cannot make a classifier of {name}: {error}") from error
     model.config.pad_token_id = tokenizer.pad_token_id  # decoder-only classifiers look for the last token before it

@@ -37,8 +37,14 @@ from transformers.utils import logging
 from yunque.errors import InputError
 from yunque.models.adapter import record_end_tokens
 from yunque.models.arguments import ModelArguments, PromptTuningArguments
-from yunque.models.copying import read_whole
-from yunque.models.placement import check_adapter, loading_options, share_embedding, weights_left_whole
+from yunque.models.copying import read_whole, tied_by_whole_weights
+from yunque.models.placement import (
+    check_adapter,
+    freeze_unused_embedding,
+    loading_options,
+    share_embedding,
+    weights_left_whole,
+)
 from yunque.models.quantized import (
     dtype_of_the_rest,
     is_quantized,
@@ -48,6 +54,7 @@ from yunque.models.quantized import (
     refuse_if_nothing_is_quantized,
     without_float32_modules,
 )
+from yunque.models.start_check import read_checked
 
 REFERENCE_ADAPTER = "reference"
 _MODEL_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
@@ -81,10 +88,11 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@read_checked
 def load_model(
     args: ModelArguments, tokenizer: PreTrainedTokenizerBase, prompt: PromptTuningArguments | None = None
 ) -> PreTrainedModel | PeftModel:
-    """Load an encoder-decoder or decoder-only language model to train, adapters included.
+    """Load an encoder-decoder or decoder-only language model to train, adapters included, as the launch profile wants.
 
     A folder that holds a PEFT adapter yields base plus trainable adapter; otherwise ``use_peft`` adds a new LoRA
     adapter, ``prompt`` virtual tokens, and without them all weights train. Callers that cannot put virtual tokens
@@ -127,7 +135,7 @@ def load_base(name: str, args: ModelArguments) -> PreTrainedModel:
         options = {"dtype": dtype_of_the_rest(), "quantization_config": nf4_config(args.quantize_head)}
     options |= loading_options(config)
     try:
-        with without_float32_modules(args.load_in_4bit, auto, config):
+        with without_float32_modules(args.load_in_4bit, auto, config), tied_by_whole_weights():
             model = auto.from_pretrained(
                 name,
                 revision=_revision(args, name),
@@ -139,6 +147,7 @@ def load_base(name: str, args: ModelArguments) -> PreTrainedModel:
         raise _unloadable("model_name_or_path", name, "language model", error) from error
     keep_head_untied(model)
     share_embedding(model)
+    freeze_unused_embedding(model)
     if args.load_in_4bit:
         keep_packing(model)
         refuse_if_nothing_is_quantized(model, quantize_head=args.quantize_head)

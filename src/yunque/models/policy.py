@@ -91,6 +91,7 @@ class Reference:
     def __init__(self, policy: Policy, *, adapter_is_trained: bool = False, model: nn.Module | None = None) -> None:
         self._policy = policy
         self._copy: Any = model
+        self.is_given = model is not None
         self._named = self._entered = False
         if model is not None:
             fuse_layers(model.eval().requires_grad_(False))
@@ -111,7 +112,7 @@ class Reference:
         """The same reference by other modules: twins of its policy and its copy."""
         reference = Reference.__new__(Reference)
         reference._policy, reference._copy = policy, copy
-        reference._named, reference._entered = self._named, False
+        reference._named, reference._entered, reference.is_given = self._named, False, self.is_given
         return reference
 
     @torch.no_grad()
@@ -199,7 +200,7 @@ def has_plain_head(model: Any, adapter: ModelAdapter) -> bool:
         return seen[0]
 
     token = [adapter.eos_ids[0]]
-    with whole_partitions(model), _head_replaced(model, watch):
+    with whole_partitions(model.parameters()), _head_replaced(model, watch):
         logits, _ = adapter.score(model, adapter.scoring_batch([token], [token], head.weight.device))
     # FSDP2 lets one rank read the weights: on others these may still be anything, NaN too
     return len(seen) == 1 and torch.equal(logits.float().nan_to_num(), seen[0].float().nan_to_num())

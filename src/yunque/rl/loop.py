@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from yunque.artifacts import CHECKPOINTS, LOG
+from yunque.distributed import rehearsal
 from yunque.distributed.arguments import RunArguments
 from yunque.distributed.checkpoint import Checkpoints, Score, StopSignal, Training
 from yunque.errors import InputError, Stopped, disk_full, is_disk_full
@@ -166,7 +167,7 @@ class TrainingLoop:
 
     def _sample(self, queries: Sequence[Sequence[int]], samples: Sequence[int]) -> list[Response]:
         with self.trainer.whole(reference=False) as (policy, _), self.accelerator.autocast():
-            return generate(
+            answers = generate(
                 policy.model,
                 self.trainer.adapter,
                 queries,
@@ -177,6 +178,7 @@ class TrainingLoop:
                 device=self.accelerator.device,
                 value_head=policy.v_head,
             )
+        return rehearsal.replay(samples, answers)
 
     def _score(self, queries: Sequence[str], responses: Sequence[Response]) -> list[Scored]:
         """Score this rank's responses and return those of all ranks.

@@ -96,7 +96,9 @@ def _torch_labels(name: str) -> tuple[dict[str, int], bool]:
         config = load_config(name, ModelArguments(model_name_or_path=name))
     except InputError as error:
         raise InputError(f"toxicity_{error}") from error
-    return label_indices(config.id2label or {}), config.problem_type == "multi_label_classification"
+    return label_indices(
+        {int(index): label for index, label in (config.id2label or {}).items()}
+    ), config.problem_type == "multi_label_classification"
 
 
 def _onnx_labels(name: str) -> tuple[dict[str, int], bool]:

@@ -68,7 +68,7 @@ def train(cell, folder, results, ranks):
     name, method = cell.split("-")
     args = SupervisedArguments(
         output_dir=str(results / f"run-{cell}"), max_steps=STEPS, logging_steps=1, learning_rate=LEARNING_RATE,
-        save_steps=100,        per_device_train_batch_size=GLOBAL_BATCH // ranks, report_to=[],
+        save_steps=100, per_device_train_batch_size=GLOBAL_BATCH // ranks, report_to=[],
     )  # fmt: skip
     model_args = ModelArguments(model_name_or_path=str(folder / name), **METHODS[method])
     prompt = PromptTuningArguments(prompt_tuning_tokens=4 if method == "prompt" else None)

@@ -63,8 +63,9 @@ class ResumableTrainer(Trainer):
 
         In between, the engine has the model as it starts, which is checked.
         """
-        start = start_check.plain_start(self.model, self.accelerator)
-        with buffers_left_whole(self.model, self.accelerator):
+        model: Any = self.model
+        start = start_check.plain_start(model, self.accelerator)
+        with buffers_left_whole(model, self.accelerator):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if start is not None:
             with eval_mode(self.model_wrapped):

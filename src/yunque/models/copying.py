@@ -74,7 +74,8 @@ def tied_by_whole_weights() -> Iterator[None]:
 
     Pieces of ZeRO-3 are empty where it looks, so that all seem equal: an untied head would become the embedding.
     """
-    tie: Any = PreTrainedModel.tie_weights
+    models: Any = PreTrainedModel
+    tie = models.tie_weights
 
     @wraps(tie)
     def tie_whole(model: Any, *args: Any, **options: Any) -> None:
@@ -83,11 +84,11 @@ def tied_by_whole_weights() -> Iterator[None]:
         with whole_partitions([weight for name, weight in parameters if name in names]):
             tie(model, *args, **options)
 
-    PreTrainedModel.tie_weights = tie_whole
+    models.tie_weights = tie_whole
     try:
         yield
     finally:
-        PreTrainedModel.tie_weights = tie
+        models.tie_weights = tie
 
 
 def _copied(module: M, memo: dict[int, Any]) -> M:

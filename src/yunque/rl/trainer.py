@@ -33,6 +33,7 @@ from yunque.rl.advantages import Rewards, estimate_advantages, token_rewards
 from yunque.rl.config import PPOConfig
 from yunque.rl.kl import AdaptiveKLController, FixedKLController, KLController, full_kl, kl_per_token
 from yunque.rl.losses import policy_loss, row_weights, value_loss
+from yunque.rl.rollout import check_rollouts
 from yunque.rl.statistics import Rollout, group_statistics, minibatch_variances, rollout_statistics, update_statistics
 
 T = TypeVar("T")
@@ -75,6 +76,7 @@ class PPOTrainer:
             raise InputError(f"mini_batch_size: {config.mini_batch_size} does not divide over {ranks} ranks")
         if (policy.v_head is not None) != (config.advantage_estimator == "gae"):
             raise ValueError(f"advantage_estimator {config.advantage_estimator}: only gae goes with a value head")
+        check_rollouts(policy.model, policy.adapter, accelerator.device)
         if config.disable_dropout:
             disable_dropout(policy)
         if config.gradient_checkpointing:

@@ -1,8 +1,8 @@
 """Rehearse every recipe under every launch profile with models of four families, for the table of docs/layouts.md.
 
-    python bench/layouts.py cells.jsonl                                   # hours; goes on where it was stopped
-    python bench/layouts.py cells.jsonl --recipes finetune dpo --families t5 --profiles zero3
-    python bench/layouts.py cells.jsonl --write docs/layouts.md           # runs nothing, but puts the table there
+    python bench/layout_table.py cells.jsonl                                   # hours; goes on where it was stopped
+    python bench/layout_table.py cells.jsonl --recipes finetune dpo --families t5 --profiles zero3
+    python bench/layout_table.py cells.jsonl --write docs/layouts.md           # runs nothing, but puts the table there
 
 Two steps on tiny models: the embedded T5, whose head is untied, and a BART (tied), a GPT-2 (tied) and a Llama (untied)
 of its vocabulary with random weights. Two ranks, four under fsdp2_tp. A cell is `yunque rehearse` as a user runs it.
@@ -25,7 +25,7 @@ from typing import Any
 from yunque.distributed.layouts import PROFILES
 
 ROOT = Path(__file__).parents[1]
-MARKS = ("<!-- bench/layouts.py: begin -->", "<!-- bench/layouts.py: end -->")
+MARKS = ("<!-- bench/layout_table.py: begin -->", "<!-- bench/layout_table.py: end -->")
 FAMILIES = ("t5", "llama", "gpt2", "bart")
 TARGETS = {"t5": "q v wo", "bart": "q_proj v_proj", "gpt2": "c_attn", "llama": "q_proj v_proj"}
 SHORT = "--max_steps 2 --logging_steps 1 --per_device_train_batch_size 2 --max_train_samples 8 --max_test_samples 4"

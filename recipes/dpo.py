@@ -95,7 +95,7 @@ def main() -> None:
         return trainer.log_probabilities(test_rows).tolist()
 
     # ---- train ----
-    metrics, start = fit(trainer, args, measure)
+    metrics, start = fit(trainer, args, config, measure)
     before = np.array(start)
 
     # ---- evaluate ----

@@ -162,7 +162,10 @@ def main() -> None:
 
     # ---- train ----
     metrics, start = fit(
-        trainer, args, lambda: {task.name: held_out.scores(trainer.model, task.test).to_json() for task in watched}
+        trainer,
+        args,
+        config,
+        lambda: {task.name: held_out.scores(trainer.model, task.test).to_json() for task in watched},
     )
     before = {name: HeldOutScores.from_json(scores) for name, scores in start.items()}
 

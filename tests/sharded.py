@@ -79,7 +79,7 @@ def train(cell, folder, results, ranks):
     model = load_model(model_args, tokenizer, prompt)
     claim_output_dir(args)  # as recipes do: no rank writes before all have looked
     trainer = trainer_of(model, tokenizer, args)
-    fit(trainer, args)
+    fit(trainer, args, {})
     weights = gathered_weights(trainer.accelerator, model, trainer.model_wrapped)
     if trainer.is_world_process_zero():
         save_model(model, tokenizer, results / cell, weights=weights)

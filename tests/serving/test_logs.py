@@ -46,7 +46,8 @@ def test_a_server_whose_log_nobody_reads_answers_and_ends(exported, tmp_path):  
     assert 0 < len(server.events("request")) < 100  # what the pipe held
 
 
-def test_what_does_not_fit_is_dropped_and_counted(pipe):
+def test_what_does_not_fit_is_dropped_and_counted(pipe, monkeypatch):
+    monkeypatch.setattr(logs, "_FLUSH_S", 60)  # until all is written, however slow the machine
     reader, writer = pipe
     handler = logs.BackgroundHandler(writer, most=8)
     logger = logger_of(handler)
@@ -58,12 +59,18 @@ def test_what_does_not_fit_is_dropped_and_counted(pipe):
         logger.info("last")
         handler.flush()
         os.close(writer)
-        *lines, dropped, last = reading.result()
-    numbers = [line["number"] for line in lines]
-    assert numbers == list(range(len(numbers)))
-    assert len(numbers) >= 8
-    assert (dropped["event"], dropped["lines"], dropped["level"]) == ("log_dropped", 200 - len(numbers), "warning")
+        *lines, last = reading.result()
     assert last["event"] == "last"
+    # The writing thread decides by its pace where lines are lost, and whether more than once.
+    kept = 0
+    for line, following in zip(lines, [*lines[1:], {"number": 200}], strict=True):
+        if line["event"] == "log_dropped":
+            assert (line["lines"], line["level"]) == (following["number"] - kept, "warning")
+        else:
+            assert line["number"] >= kept
+            kept += 1
+    assert kept >= 8
+    assert lines[-1]["event"] == "log_dropped"
 
 
 def test_a_log_that_cannot_be_written_is_counted_too(pipe):

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,15 @@ from typing import Any
 import datasets
 import numpy as np
 
+from yunque.artifacts import sha256_file
 from yunque.data.arguments import DataArguments, SourceArguments
 from yunque.errors import InputError, is_disk_full
 
-FORMATS = (".jsonl", ".json", ".csv")
+TEXT_FORMATS = (".jsonl", ".json", ".csv")
+TABLE_FORMATS = (".parquet", ".arrow")
+FORMATS = (*TEXT_FORMATS, *TABLE_FORMATS)
+_SAVED_ROWS, _SAVED_SPLITS = "state.json", "dataset_dict.json"
+_PART = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
 VALIDATION_NAMES = ("validation", "dev", "valid", "val")
 HUB_TIMEOUT_S = 5
 SAMPLE_SEED = 0  # not the run's seed: runs with different seeds are compared on the same rows
@@ -145,7 +151,7 @@ def open_source(args: SourceArguments) -> dict[str, Reader]:
         return _open_folder(name, path)
     if _split_name(path) is None:
         raise InputError(f"dataset_name: '{name}' is not a {', '.join(FORMATS)} file (.gz may follow)")
-    return {"train": functools.partial(read_file, path, name, "train")}
+    return {"train": functools.partial(read_files, [path], name, "train")}
 
 
 def find_split(args: SourceArguments, splits: Iterable[str], option: str) -> str:
@@ -170,16 +176,32 @@ def match_split(wanted: str, names: Sequence[str]) -> str | None:
     return next((alias for alias in aliases if alias in names), None)
 
 
-def read_file(path: Path, name: str, split: str) -> RawSplit:
-    """Read a JSON-lines, JSON (array) or CSV file, gzip or not, as UTF-8.
+def read_files(paths: Sequence[Path], name: str, split: str) -> RawSplit:
+    """Read the files of one split, in this order.
 
-    Read here rather than by the ``datasets`` builders: those write a cache, hide line numbers in their errors, and
+    Raises:
+        InputError: as ``read_file``.
+    """
+    parts = [read_file(path, name, split) for path in paths]
+    if len(parts) == 1:
+        return parts[0]
+    columns = list(dict.fromkeys(column for part in parts for column in part.columns))
+    digest = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
+    return RawSplit(name, split, columns, [row for part in parts for row in part.rows], digest)
+
+
+def read_file(path: Path, name: str, split: str) -> RawSplit:
+    """Read a JSON-lines, JSON (array) or CSV file, gzip or not, as UTF-8, or a Parquet or Arrow file.
+
+    Texts are read here rather than by the ``datasets`` builders: those write a cache, hide line numbers in their errors, and
     take the texts "NA" and "None" for missing ones.
 
     Raises:
         InputError: not readable, damaged gzip, not UTF-8, a bad line (by number), no rows.
     """
     where = f"dataset_name: '{path}'"
+    if path.suffix in TABLE_FORMATS:
+        return _read_table(path, name, split, where)
     try:
         data = path.read_bytes()
         content = gzip.decompress(data) if path.suffix == ".gz" else data
@@ -197,6 +219,33 @@ def read_file(path: Path, name: str, split: str) -> RawSplit:
     if not rows:
         raise InputError(f"{where} has no rows")
     return RawSplit(name, split, columns, rows, hashlib.sha256(data).hexdigest())
+
+
+def _read_table(path: Path, name: str, split: str, where: str) -> RawSplit:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path) if path.suffix == ".parquet" else _read_arrow(path)
+        digest = sha256_file(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{where} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
+    if not table.num_rows:
+        raise InputError(f"{where} has no rows")
+    return RawSplit(name, split, list(table.column_names), table.to_pylist(), digest)
+
+
+def _read_arrow(path: Path) -> Any:
+    """Arrow has two formats under one suffix; ``datasets`` writes the stream."""
+    import pyarrow
+    from pyarrow import ipc
+
+    with path.open("rb") as file:
+        try:
+            return ipc.open_stream(file).read_all()
+        except pyarrow.ArrowInvalid:
+            file.seek(0)
+            return ipc.open_file(file).read_all()
 
 
 def text_of(value: Any, where: str) -> str | None:
@@ -321,25 +370,47 @@ def _looks_like_path(name: str) -> bool:
 
 def _split_name(path: Path) -> str | None:
     stem = path.name.removesuffix(".gz")
-    return next((stem.removesuffix(suffix) for suffix in FORMATS if stem.endswith(suffix)), None)
+    formats = FORMATS if stem == path.name else TEXT_FORMATS
+    return next((stem.removesuffix(suffix) for suffix in formats if stem.endswith(suffix)), None)
 
 
 def _open_folder(name: str, folder: Path) -> dict[str, Reader]:
-    readers: dict[str, Reader] = {}
     try:
-        paths = sorted(folder.iterdir())
+        if (folder / _SAVED_SPLITS).is_file() or (folder / _SAVED_ROWS).is_file():
+            return _open_saved(name, folder)
+        files = _files_of_splits(name, folder)
+        if not files and (folder / "data").is_dir():  # how repositories of the hub look
+            files = _files_of_splits(name, folder / "data")
     except OSError as error:
         raise InputError(f"dataset_name: folder '{name}' cannot be read: {error.strerror}") from error
-    for path in paths:
-        split = _split_name(path)
-        if not split or split.startswith(".") or not path.is_file():
-            continue
-        if split in readers:
-            raise InputError(f"dataset_name: '{name}' holds two files for split '{split}'; give one of them as a file")
-        readers[split] = functools.partial(read_file, path, name, split)
-    if not readers:
+    if not files:
         raise InputError(f"dataset_name: folder '{name}' holds no {', '.join(FORMATS)} file (.gz may follow)")
-    return readers
+    return {split: functools.partial(read_files, paths, name, split) for split, paths in files.items()}
+
+
+def _files_of_splits(name: str, folder: Path) -> dict[str, list[Path]]:
+    """Find the files of every split: one, or numbered parts such as ``train-00000-of-00002.parquet``."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        stem = _split_name(path)
+        if not stem or stem.startswith(".") or not path.is_file():
+            continue
+        part = _PART.fullmatch(stem)
+        split = part["split"] if part else stem
+        if split in found and not (part and _PART.fullmatch(_split_name(found[split][0]) or "")):
+            raise InputError(f"dataset_name: '{name}' holds two files for split '{split}'; give one of them as a file")
+        found.setdefault(split, []).append(path)
+    return found
+
+
+def _open_saved(name: str, folder: Path) -> dict[str, Reader]:
+    """Open what ``save_to_disk`` of a Dataset or a DatasetDict has written."""
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # the library and Arrow raise unrelated types for what is damaged
+        raise InputError(f"dataset_name: '{name}', a folder of save_to_disk, cannot be read: {error}") from error
+    splits = saved if isinstance(saved, dict) else {"train": saved}
+    return {str(split): functools.partial(_from_hub, name, str(split), rows) for split, rows in splits.items()}
 
 
 def _open_hub(name: str, config: str | None) -> dict[str, Reader]:

@@ -13,8 +13,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from yunque.distributed.checkpoint import Checkpoints, Found, Score, Training
 from yunque.distributed.gathering import buffers_left_whole
+from yunque.distributed.identity import check_same_run, check_steps
 from yunque.distributed.zero import forget_forward_passes
-from yunque.errors import InputError
 from yunque.models import start_check
 from yunque.models.policy import eval_mode
 
@@ -32,13 +32,7 @@ class ResumableTrainer(Trainer):
         Raises:
             InputError: its run had another identity; the message names the option.
         """
-        for name, value in json.loads(json.dumps(dict(self.identity))).items():
-            before = found.state["identity"].get(name)
-            if before != value:
-                raise InputError(
-                    f"{name}: the checkpoint in {found.path} was made with {before}, now it is {value}; "
-                    "set it back or start afresh with --overwrite_output_dir"
-                )
+        check_same_run(self.identity, found.state.get("identity", {}), found.path)
         self.found = found
         return str(found.path)
 
@@ -73,6 +67,7 @@ class ResumableTrainer(Trainer):
             forget_forward_passes(self.model_wrapped)
         if resume_from_checkpoint is not None:
             assert self.found is not None, "go_on_from comes before training"
+            check_steps(self.found.step, max_steps, self.found.path)
             self.checkpoints.load(self.found, self._training())
         return prepared
 

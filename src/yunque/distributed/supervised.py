@@ -6,13 +6,14 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from yunque.artifacts import CHECKPOINTS, LOG, prepare_output_dir
 from yunque.distributed.arguments import RunArguments
+from yunque.distributed.identity import run_identity
 from yunque.distributed.layouts import data_ranks
 from yunque.distributed.start import precision
 from yunque.errors import InputError, Stopped, disk_full, is_disk_full
@@ -25,12 +26,6 @@ if TYPE_CHECKING:
     from yunque.distributed.trainers import LengthGrouping
 
     AnyTrainingArguments = TypeVar("AnyTrainingArguments", bound=TrainingArguments)
-
-_SAME = (
-    *("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
-    *("label_smoothing_factor", "train_sampling_strategy"),
-)
-"""Options that a resumed run must share with its checkpoint; how long it goes on is free."""
 
 
 @dataclass
@@ -48,6 +43,9 @@ class SupervisedArguments(RunArguments):
         default="linear", metadata={"help": "Schedule of the learning rate."}
     )
     warmup_steps: float = field(default=0, metadata={"help": "Steps of linear warm-up; below 1 a share of all steps."})
+    warmup_ratio: float | None = field(
+        default=None, metadata={"help": "Share of all steps for warm-up; the same as a warmup_steps below 1."}
+    )
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decay, biases and norms left out."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Clip of the gradient's norm."})
     label_smoothing_factor: float = field(default=0.0, metadata={"help": "Share of the target spread over all labels."})
@@ -55,6 +53,7 @@ class SupervisedArguments(RunArguments):
         default="random", metadata={"help": "Order of rows; group_by_length pads less."}
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes of a rank that collate batches."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between lines of the log."})
     save_steps: int = field(default=200, metadata={"help": "Steps between checkpoints."})
 
@@ -68,6 +67,14 @@ class SupervisedArguments(RunArguments):
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} is too small; give 1 or more")
+        if self.dataloader_num_workers < 0:
+            raise InputError(f"dataloader_num_workers: {self.dataloader_num_workers} is negative; give 0 or more")
+        if self.warmup_ratio is not None:
+            if not 0 <= self.warmup_ratio < 1:
+                raise InputError(f"warmup_ratio: {self.warmup_ratio} is not a share in [0, 1); see warmup_steps")
+            if self.warmup_steps not in (0, self.warmup_ratio):
+                raise InputError("warmup_ratio: warmup_steps is given too; leave one of them out")
+            self.warmup_steps = self.warmup_ratio
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate: {self.learning_rate} is not positive")
         if not 0 <= self.label_smoothing_factor < 1:
@@ -119,6 +126,7 @@ def trainer_arguments(
             bf16=bf16,
             report_to=args.report_to or ["none"],
             dataloader_pin_memory=False,
+            dataloader_num_workers=args.dataloader_num_workers,
             **extra,
         )
     except ValueError as error:
@@ -141,11 +149,15 @@ def claim_output_dir(args: RunArguments) -> None:
 
 
 def fit(
-    trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments, before: Callable[[], Any] | None = None
+    trainer: LengthGrouping | PreferenceTrainer,
+    args: SupervisedArguments,
+    config: Mapping[str, Any],
+    before: Callable[[], Any] | None = None,
 ) -> tuple[dict[str, float], Any]:
     """Train, from the last checkpoint under ``resume``; return first and last loss, steps and time.
 
-    ``before`` measures the start model, when the engine has it; what it returned, as JSON keeps it, comes second.
+    ``config`` are all options of the run, by which a resumed one is known to be the same. ``before`` measures the
+    start model, when the engine has it; what it returned, as JSON keeps it, comes second.
 
     Raises:
         CheckFailed: the loss is not a number.
@@ -159,7 +171,7 @@ def fit(
 
     folder = Path(args.output_dir)
     trainer.group_by_length = args.train_sampling_strategy == "group_by_length"
-    trainer.identity = _identity(trainer, args)
+    trainer.identity = _identity(trainer, args, config)
     trainer.checkpoints = Checkpoints(
         folder / CHECKPOINTS, trainer.accelerator, keep=args.save_total_limit, asynchronous=args.async_save
     )
@@ -213,18 +225,16 @@ def _keep_outputs_exact(trainer: LengthGrouping | PreferenceTrainer) -> None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
-def _identity(trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments) -> dict[str, Any]:
-    """What decides the curve of a run: none of it may change when the run is resumed."""
-    same = {name: getattr(args, name) for name in _SAME}
-    model: Any = trainer.model
+def _identity(
+    trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What decides the curve of a run; of how a batch is spread over ranks and passes, only its size."""
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
     rows: Any = trainer.train_dataset
     _, ranks = data_ranks(trainer.accelerator.process_index, trainer.accelerator.num_processes)
-    return same | {
-        "model_name_or_path": model.config._name_or_path,
+    return run_identity({name: value for name, value in config.items() if name not in sizes}) | {
         "train rows": len(rows),
-        "per_device_train_batch_size x gradient_accumulation_steps x ranks": (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
-        ),
+        " x ".join([*sizes, "ranks"]): args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks,
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from yunque.artifacts import CHECKPOINTS, LOG
 from yunque.distributed import rehearsal
 from yunque.distributed.arguments import RunArguments
 from yunque.distributed.checkpoint import Checkpoints, Score, StopSignal, Training
+from yunque.distributed.identity import check_same_run, check_steps, run_identity
 from yunque.errors import InputError, Stopped, disk_full, is_disk_full
 from yunque.models.arguments import GenerationArguments
 from yunque.rl.batch import Scored, dump, score_statistics
@@ -26,13 +26,6 @@ from yunque.rl.rollout import Response, generate
 from yunque.rl.score_scaling import ScoreScaler
 from yunque.rl.statistics import peak_memory_bytes
 from yunque.rl.trainer import NonFiniteError, PPOTrainer, Sampled
-
-_MAY_CHANGE = {
-    *("output_dir", "overwrite_output_dir", "resume", "save_steps", "save_total_limit", "async_save", "report_to"),
-    *("guard_kl", "guard_reward_std", "guard_empty", "guard_endless", "guard_patience"),
-    *("watch_model_name_or_path", "watch_label"),
-}
-"""Options that a resumed run may set anew: none of them changes the curve."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ class TrainingLoop:
     ) -> None:
         self.trainer, self.prompts, self.reward, self.decode = trainer, prompts, reward, decode
         self.generation, self.run, self.total_steps = generation, run, total_steps
-        self.resolved_config = dict(resolved_config)
+        self.identity = run_identity(resolved_config)
         self.scaler = scaler or ScoreScaler(RewardArguments())
         self.guards = guards or Guards(GuardArguments())
         self.folder = Path(run.output_dir)
@@ -213,7 +206,7 @@ class TrainingLoop:
             "kl_coef": self.trainer.kl_controller.value,
             "score_moments": self.scaler.state(),
             "guards": self.guards.state(),
-            "config": self.resolved_config,
+            "identity": self.identity,
         }
         score = Score("reward", float(np.mean(self._rewards)))
         self._rewards.clear()
@@ -227,13 +220,8 @@ class TrainingLoop:
         if found is None:
             return 0
         state = found.state
-        for name, value in json.loads(json.dumps(self.resolved_config)).items():
-            before = state["config"].get(name)
-            if name not in _MAY_CHANGE and before != value:
-                raise InputError(
-                    f"{name}: the checkpoint in {self.folder} was made with {before}, now it is {value}; "
-                    f"set it back or start afresh with --overwrite_output_dir"
-                )
+        check_same_run(self.identity, state.get("identity", {}), found.path)
+        check_steps(found.step, self.total_steps, found.path)
         self.checkpoints.load(found, self._training())
         self.trainer.kl_controller.value = state["kl_coef"]
         self.scaler.load_state(state["score_moments"])

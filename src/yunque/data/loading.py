@@ -24,6 +24,7 @@ from yunque.errors import InputError, is_disk_full
 
 FORMATS = (".jsonl", ".json", ".csv")
 VALIDATION_NAMES = ("validation", "dev", "valid", "val")
+ROW = "row"
 HUB_TIMEOUT_S = 5
 SAMPLE_SEED = 0  # not the run's seed: runs with different seeds are compared on the same rows
 
@@ -71,13 +72,15 @@ Normalise = Callable[[RawSplit], list[dict[str, Any]]]
 KeyOf = Callable[[Mapping[str, Any]], str]
 
 
-def load_splits(args: DataArguments, seed: int) -> LoadedData:
+def load_splits(args: DataArguments, seed: int, *, keep_columns: bool = False) -> LoadedData:
     """Load train and test rows with the columns "id", "text", "references" and, by ``group_column``, "group".
+
+    ``keep_columns`` adds "row": all of the file's own columns as JSON, which keeps values of any type.
 
     Raises:
         InputError: nothing readable under ``dataset_name``, a missing split or column, no usable row.
     """
-    return load_pair(args, seed, functools.partial(_summary_rows, args))
+    return load_pair(args, seed, functools.partial(_summary_rows, args, keep_columns))
 
 
 def load_pair(args: SourceArguments, seed: int, normalise: Normalise, *, together: KeyOf | None = None) -> LoadedData:
@@ -252,7 +255,7 @@ def sample_rows(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str,
     return [rows[number] for number in np.sort(chosen).tolist()]
 
 
-def _summary_rows(args: DataArguments, raw: RawSplit) -> list[dict[str, Any]]:
+def _summary_rows(args: DataArguments, keep_columns: bool, raw: RawSplit) -> list[dict[str, Any]]:
     require_column(raw, args.text_column, "text_column")
     targets = require_column(raw, args.target_column, "target_column", numbered=True)
     groups = group_columns(args, raw)
@@ -269,6 +272,8 @@ def _summary_rows(args: DataArguments, raw: RawSplit) -> list[dict[str, Any]]:
         kept: dict[str, Any] = {"id": identity or str(number), "text": text, "references": references}
         for column in groups:
             kept["group"] = text_of(row.get(column), f"group_column: '{column}'") or ""
+        if keep_columns:
+            kept[ROW] = json.dumps({name: row.get(name) for name in raw.columns}, default=str)
         rows.append(kept)
     return rows
 

@@ -15,7 +15,7 @@ from yunque.evaluation.onnx_generator import is_onnx
 from yunque.models.arguments import ModelArguments
 from yunque.models.embedded import EMBEDDED, ensure_embedded
 from yunque.models.loading import load_classifier, load_config
-from yunque.rl.rewards import ClassifierScorer, softmax
+from yunque.rl.rewards import MULTI_LABEL, ClassifierScorer, label_probabilities
 from yunque.runtime.spec import read_spec
 
 _OPTION = "toxicity_model_name_or_path"
@@ -68,7 +68,7 @@ class ToxicityJudge:
         values = [float("nan")] * len(texts)
         if read:
             logits = self._logits([texts[row] for row in read])
-            probabilities = sigmoid(logits) if self.is_multi_label else softmax(logits)
+            probabilities = label_probabilities(logits, multi_label=self.is_multi_label)
             for row, value in zip(read, probabilities[:, self.index].tolist(), strict=True):
                 values[row] = value
         return values
@@ -86,18 +86,13 @@ class ToxicityJudge:
         return self.scorer.logits(texts)
 
 
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Probability of each label by itself."""
-    return np.exp(-np.logaddexp(0.0, -logits))
-
-
 def _torch_labels(name: str) -> tuple[dict[str, int], bool]:
     try:
         config = load_config(name, ModelArguments(model_name_or_path=name))
     except InputError as error:
         raise InputError(f"toxicity_{error}") from error
     labels = {str(label): int(index) for index, label in (config.id2label or {}).items()}
-    return labels, config.problem_type == "multi_label_classification"
+    return labels, config.problem_type == MULTI_LABEL
 
 
 def _onnx_labels(name: str) -> tuple[dict[str, int], bool]:

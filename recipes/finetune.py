@@ -126,6 +126,9 @@ def main() -> None:
     if len(tasks) > 1:
         console.print(f"mixture: {len(train_rows):,} train rows of {', '.join(task.name for task in tasks)}")
     if target_args.packing:
+        from yunque.distributed.causal import check_packing
+
+        check_packing(model)
         train_rows, packed = pack(train_rows, target_args.packing_length)
         console.print(packed)
 

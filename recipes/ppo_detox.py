@@ -76,7 +76,7 @@ def main() -> None:
     reward = load_toxicity_reward(reward_args, adapter, accelerator.device)
 
     # ---- data ----
-    data = load_splits(data_args, run_args.seed)
+    data = load_splits(data_args, run_args.seed, keep_columns=bool(reward_args.reward_funcs))
     console.print(str(data))
     train, test = (
         prepare_prompts(
@@ -89,7 +89,7 @@ def main() -> None:
         for split in (data.train, data.test)
     )
     console.print(f"train {train.report}\ntest {test.report}")
-    prompts, held_out_prompts = (Prompts(split.dataset["input_ids"], split.dataset["query"]) for split in (train, test))
+    prompts, held_out_prompts = (Prompts.of(split.dataset) for split in (train, test))
 
     # ---- trainer ----
     prompts_per_step = ppo.batch_size // ppo.num_generations

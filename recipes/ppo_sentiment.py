@@ -131,7 +131,7 @@ def main() -> None:
         for split, seed in ((data.train, run_args.seed), (data.test, 0))  # runs of all seeds meet the same test prompts
     )
     console.print(f"train {train}\ntest {test}")
-    prompts, held_out_prompts = (Prompts(split.dataset["input_ids"], split.dataset["query"]) for split in (train, test))
+    prompts, held_out_prompts = (Prompts.of(split.dataset) for split in (train, test))
     if former is not None:
         check_same_prompts(former, held_out_prompts.texts, "compare_with")
 

@@ -30,6 +30,7 @@ FORMATS = (*TEXT_FORMATS, *TABLE_FORMATS)
 _SAVED_ROWS, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 _PART = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
 VALIDATION_NAMES = ("validation", "dev", "valid", "val")
+ROW = "row"
 HUB_TIMEOUT_S = 5
 SAMPLE_SEED = 0  # not the run's seed: runs with different seeds are compared on the same rows
 
@@ -77,13 +78,15 @@ Normalise = Callable[[RawSplit], list[dict[str, Any]]]
 KeyOf = Callable[[Mapping[str, Any]], str]
 
 
-def load_splits(args: DataArguments, seed: int) -> LoadedData:
+def load_splits(args: DataArguments, seed: int, *, keep_columns: bool = False) -> LoadedData:
     """Load train and test rows with the columns "id", "text", "references" and, by ``group_column``, "group".
+
+    ``keep_columns`` adds "row": all of the file's own columns as JSON, which keeps values of any type.
 
     Raises:
         InputError: nothing readable under ``dataset_name``, a missing split or column, no usable row.
     """
-    return load_pair(args, seed, functools.partial(_summary_rows, args))
+    return load_pair(args, seed, functools.partial(_summary_rows, args, keep_columns))
 
 
 def load_pair(args: SourceArguments, seed: int, normalise: Normalise, *, together: KeyOf | None = None) -> LoadedData:
@@ -193,8 +196,8 @@ def read_files(paths: Sequence[Path], name: str, split: str) -> RawSplit:
 def read_file(path: Path, name: str, split: str) -> RawSplit:
     """Read a JSON-lines, JSON (array) or CSV file, gzip or not, as UTF-8, or a Parquet or Arrow file.
 
-    Texts are read here rather than by the ``datasets`` builders: those write a cache, hide line numbers in their errors, and
-    take the texts "NA" and "None" for missing ones.
+    Texts are read here rather than by the ``datasets`` builders: those write a cache, hide line numbers in their
+    errors, and take the texts "NA" and "None" for missing ones.
 
     Raises:
         InputError: not readable, damaged gzip, not UTF-8, a bad line (by number), no rows.
@@ -301,7 +304,7 @@ def sample_rows(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str,
     return [rows[number] for number in np.sort(chosen).tolist()]
 
 
-def _summary_rows(args: DataArguments, raw: RawSplit) -> list[dict[str, Any]]:
+def _summary_rows(args: DataArguments, keep_columns: bool, raw: RawSplit) -> list[dict[str, Any]]:
     require_column(raw, args.text_column, "text_column")
     targets = require_column(raw, args.target_column, "target_column", numbered=True)
     groups = group_columns(args, raw)
@@ -318,6 +321,8 @@ def _summary_rows(args: DataArguments, raw: RawSplit) -> list[dict[str, Any]]:
         kept: dict[str, Any] = {"id": identity or str(number), "text": text, "references": references}
         for column in groups:
             kept["group"] = text_of(row.get(column), f"group_column: '{column}'") or ""
+        if keep_columns:
+            kept[ROW] = json.dumps({name: row.get(name) for name in raw.columns}, default=str)
         rows.append(kept)
     return rows
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from trl import SFTTrainer
 
 from yunque.distributed.trainers import LengthGrouping
+from yunque.errors import InputError
+from yunque.models.copying import whole_partitions
+from yunque.models.policy import eval_mode
 
 PREPARED: dict[str, Any] = {
     "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -36,3 +40,27 @@ class ContinuationTrainer(LengthGrouping, SFTTrainer):
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """Write none: the Trainer's folder holds checkpoints only, which are removed."""
+
+
+@torch.no_grad()
+def check_packing(model: Any) -> None:
+    """Check that a row packed behind another computes the same whatever stands in the other.
+
+    Raises:
+        InputError: it does not, or the model takes no packed rows.
+    """
+    device, size = next(model.parameters()).device, min(8, model.config.get_text_config(decoder=True).vocab_size - 1)
+    row = torch.arange(size, device=device)
+    positions = torch.cat([row, row]).unsqueeze(0)
+    seen: list[torch.Tensor] = []
+    try:
+        with whole_partitions(model), eval_mode(model):
+            for first in (row, row.flip(0) + 1):
+                packed = torch.cat([first, row]).unsqueeze(0)
+                output = model(input_ids=packed, position_ids=positions, use_cache=False)
+                seen.append(output.logits[:, size:].float().nan_to_num())
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        seen.clear()
+    if not seen or not torch.allclose(*seen, rtol=1e-5, atol=1e-6):
+        kind = model.config.model_type
+        raise InputError(f"packing: {kind} does not keep rows of one sequence apart; leave packing out")

@@ -14,7 +14,7 @@ from yunque.evaluation.arguments import EvaluatedModelArguments, EvaluationArgum
 from yunque.evaluation.onnx_generator import is_onnx
 from yunque.models.embedded import EMBEDDED, ensure_embedded
 from yunque.models.loading import load_classifier, load_labels
-from yunque.rl.rewards import ClassifierScorer, softmax
+from yunque.rl.rewards import MULTI_LABEL, ClassifierScorer, label_probabilities
 from yunque.runtime.spec import label_indices, read_spec
 
 _OPTION = "toxicity_model_name_or_path"
@@ -67,7 +67,7 @@ class ToxicityJudge:
         values = [float("nan")] * len(texts)
         if read:
             logits = self._logits([texts[row] for row in read])
-            probabilities = sigmoid(logits) if self.is_multi_label else softmax(logits)
+            probabilities = label_probabilities(logits, multi_label=self.is_multi_label)
             for row, value in zip(read, probabilities[:, self.index].tolist(), strict=True):
                 values[row] = value
         return values
@@ -85,15 +85,10 @@ class ToxicityJudge:
         return self.scorer.logits(texts)
 
 
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Probability of each label by itself."""
-    return np.exp(-np.logaddexp(0.0, -logits))
-
-
 def _torch_labels(name: str) -> tuple[dict[str, int], bool]:
     config = load_labels(name, _OPTION)
     labels = label_indices({int(index): label for index, label in (config.id2label or {}).items()})
-    return labels, config.problem_type == "multi_label_classification"
+    return labels, config.problem_type == MULTI_LABEL
 
 
 def _onnx_labels(name: str) -> tuple[dict[str, int], bool]:

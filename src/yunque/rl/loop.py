@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from yunque.artifacts import CHECKPOINTS, LOG
+from yunque.data.loading import ROW
 from yunque.distributed import rehearsal
 from yunque.distributed.arguments import RunArguments
 from yunque.distributed.checkpoint import Checkpoints, Score, StopSignal, Training
@@ -21,7 +22,7 @@ from yunque.rl.batch import Scored, dump, score_statistics
 from yunque.rl.config import GuardArguments, RewardArguments
 from yunque.rl.guards import Guards, remove_dumps
 from yunque.rl.log import RunLog
-from yunque.rl.rewards import Reward
+from yunque.rl.rewards import Columns, Reward
 from yunque.rl.rollout import Response, generate
 from yunque.rl.score_scaling import ScoreScaler
 from yunque.rl.statistics import peak_memory_bytes
@@ -30,11 +31,26 @@ from yunque.rl.trainer import NonFiniteError, PPOTrainer, Sampled
 
 @dataclass(frozen=True)
 class Prompts:
-    """What responses are sampled for: token ids and texts of the same queries, and the groups they belong to if any."""
+    """What responses are sampled for: token ids and texts of the same queries, and the groups they belong to if any.
+
+    ``columns`` are those of the data set, which rewards may read.
+    """
 
     input_ids: Sequence[Sequence[int]]
     texts: Sequence[str]
     groups: Sequence[str] | None = None
+    columns: Columns = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, dataset: Any, groups: Sequence[str] | None = None) -> Prompts:
+        """Prompts of a prepared data set, with the columns that its loading kept."""
+        rows = [json.loads(row) for row in dataset[ROW]] if ROW in dataset.column_names else []
+        columns = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+        return cls(dataset["input_ids"], dataset["query"], groups, columns)
+
+    def columns_of(self, rows: Sequence[int]) -> Columns:
+        """The columns of these rows."""
+        return {name: [values[row] for row in rows] for name, values in self.columns.items()}
 
     def rows(self, step: int, batch_size: int, seed: int) -> list[int]:
         """Row numbers of one step's batch: every epoch its own permutation, batches running over epoch ends.
@@ -125,7 +141,7 @@ class TrainingLoop:
         samples = [step * len(rows) + index for index in range(len(rows))]
         responses_here = self._sample(self.trainer.share(queries), self.trainer.share(samples))
         sampled = time.perf_counter()
-        batch = self._score(self.trainer.share([self.prompts.texts[row] for row in rows]), responses_here)
+        batch = self._score(self.trainer.share(rows), responses_here)
         scores = self.scaler([row.score for row in batch])
         scored = time.perf_counter()
         try:
@@ -173,14 +189,14 @@ class TrainingLoop:
             )
         return rehearsal.replay(samples, answers)
 
-    def _score(self, queries: Sequence[str], responses: Sequence[Response]) -> list[Scored]:
-        """Score this rank's responses and return those of all ranks.
+    def _score(self, rows: Sequence[int], responses: Sequence[Response]) -> list[Scored]:
+        """Score this rank's responses to the prompts of ``rows`` and return those of all ranks.
 
         Raises:
             InputError: a reward function failed, on any rank; every rank raises it, so that none waits for another.
         """
         try:
-            here: Sequence[Scored | InputError] = self._score_here(queries, responses)
+            here: Sequence[Scored | InputError] = self._score_here(rows, responses)
         except InputError as error:
             here = [error]
         gathered = self.trainer.gather(here)
@@ -189,9 +205,11 @@ class TrainingLoop:
                 raise row
         return [row for row in gathered if isinstance(row, Scored)]
 
-    def _score_here(self, queries: Sequence[str], responses: Sequence[Response]) -> list[Scored]:
+    def _score_here(self, rows: Sequence[int], responses: Sequence[Response]) -> list[Scored]:
+        queries = [self.prompts.texts[row] for row in rows]
         texts = [self.decode(response.tokens) for response in responses]
-        given = self.reward.scores(queries, texts, [len(response.tokens) for response in responses])
+        num_tokens = [len(response.tokens) for response in responses]
+        given = self.reward.scores(queries, texts, num_tokens, self.prompts.columns_of(rows))
         scores = given.total.astype(float)
         penalty = self.trainer.config.missing_eos_penalty
         if penalty is not None:

@@ -54,13 +54,13 @@ def check_packing(model: Any) -> None:
     positions = torch.cat([row, row]).unsqueeze(0)
     seen: list[torch.Tensor] = []
     try:
-        with whole_partitions(model), eval_mode(model):
+        with whole_partitions(model.parameters()), eval_mode(model):
             for first in (row, row.flip(0) + 1):
                 packed = torch.cat([first, row]).unsqueeze(0)
                 output = model(input_ids=packed, position_ids=positions, use_cache=False)
                 seen.append(output.logits[:, size:].float().nan_to_num())
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         seen.clear()
-    if not seen or not torch.allclose(*seen, rtol=1e-5, atol=1e-6):
+    if not seen or not torch.allclose(seen[0], seen[1], rtol=1e-5, atol=1e-6):
         kind = model.config.model_type
         raise InputError(f"packing: {kind} does not keep rows of one sequence apart; leave packing out")

@@ -70,6 +70,7 @@ class ModelDecoder(Decoder):
         return self.first()
 
     def _positions(self) -> dict[str, Tensor]:
+        assert isinstance(self.adapter, DecoderOnly), "positions are a decoder-only model's"
         return self.adapter.position_ids(self.inputs["attention_mask"])
 
     def keep(self, rows: Tensor) -> None:

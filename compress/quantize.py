@@ -38,8 +38,8 @@ def main() -> None:
         raise InputError(f"keep_gate: is for scheme {MIXED}; gate the result of another with yunque compare")
 
     from yunque.export.quantizing import quantize, summary
+    from yunque.models.adapter_folders import adapter_config
     from yunque.models.embedded import EMBEDDED, ensure_embedded, use_embedded
-    from yunque.models.loading import adapter_config
 
     use_embedded((args, "model_name_or_path"))
     for name in ("calibration_dataset", "parity_dataset"):

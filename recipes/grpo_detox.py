@@ -57,8 +57,9 @@ def main() -> None:
     from yunque.evaluation.before_after import TOXICITY, compare
     from yunque.evaluation.by_group import compare_groups, group_table
     from yunque.models.adapter import adapter_for
+    from yunque.models.adapter_folders import adapter_config
     from yunque.models.embedded import use_embedded
-    from yunque.models.loading import adapter_config, load_model, load_tokenizer, trainable_parameters
+    from yunque.models.loading import load_model, load_tokenizer, trainable_parameters
     from yunque.models.policy import Policy, Reference
     from yunque.rl.guards import Guards
     from yunque.rl.loop import Prompts, TrainingLoop

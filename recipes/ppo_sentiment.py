@@ -76,7 +76,8 @@ def main() -> None:
     from yunque.evaluation.before_after import SENTIMENT, compare
     from yunque.evaluation.policies import check_same_prompts, compare_policies, read_former_run
     from yunque.models.adapter import adapter_for
-    from yunque.models.loading import adapter_config, load_model, load_tokenizer, trainable_parameters
+    from yunque.models.adapter_folders import adapter_config
+    from yunque.models.loading import load_model, load_tokenizer, trainable_parameters
     from yunque.models.policy import Policy, Reference
     from yunque.rl.guards import Guards
     from yunque.rl.loop import Prompts, TrainingLoop

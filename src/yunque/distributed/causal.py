@@ -5,9 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import SFTTrainer
 
 from yunque.distributed.trainers import LengthGrouping
+from yunque.errors import InputError
 
 PREPARED: dict[str, Any] = {
     "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -24,6 +27,12 @@ class ContinuationTrainer(LengthGrouping, SFTTrainer):
     """
 
     def __init__(self, *, model: Any, **options: Any) -> None:
+        head = model.get_output_embeddings()
+        if isinstance(model, PeftModel) and isinstance(head, BaseTunerLayer):
+            raise InputError(
+                "lora_target_modules: TRL's fine-tuning computes its loss from the head's own weight and would not train "
+                "an adapter on it; leave the head out"
+            )
         trained = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of label smoothing, which it will drop in 2.0

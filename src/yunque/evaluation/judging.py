@@ -12,9 +12,8 @@ from yunque import runtime
 from yunque.errors import InputError
 from yunque.evaluation.arguments import EvaluatedModelArguments, EvaluationArguments, HeldOutArguments
 from yunque.evaluation.onnx_generator import is_onnx
-from yunque.models.arguments import ModelArguments
 from yunque.models.embedded import EMBEDDED, ensure_embedded
-from yunque.models.loading import load_classifier, load_config
+from yunque.models.loading import load_classifier, load_labels
 from yunque.rl.rewards import ClassifierScorer, softmax
 from yunque.runtime.spec import read_spec
 
@@ -92,10 +91,7 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def _torch_labels(name: str) -> tuple[dict[str, int], bool]:
-    try:
-        config = load_config(name, ModelArguments(model_name_or_path=name))
-    except InputError as error:
-        raise InputError(f"toxicity_{error}") from error
+    config = load_labels(name, _OPTION)
     labels = {str(label): int(index) for index, label in (config.id2label or {}).items()}
     return labels, config.problem_type == "multi_label_classification"
 

@@ -162,7 +162,7 @@ def folder_logits(folder: Path, kind: str) -> Logits:
 
 def measure_fidelity(source: Source, quantized: Logits, texts: Sequence[Text], origin: str) -> Fidelity:
     """Compare over ``texts``, whose answers are the float model's greedy ones."""
-    reference = torch_logits(source.model, source.kind)
+    reference = torch_logits(source.reference, source.kind)
     differences, divergences, equal, tokens = [], [], 0, 0
     for text in texts:
         theirs, ours = (logits(text.prompt, text.answer) for logits in (reference, quantized))

@@ -63,6 +63,8 @@ def save_classifier(
     save_model(model, tokenizer, folder, merge=True, weights=weights)
     if isinstance(model, PeftModel) and not merge:
         model.save_pretrained(str(folder / ADAPTER), state_dict=weights)
+        model.config.save_pretrained(folder / ADAPTER)  # the names of the labels, which PEFT does not keep
+        tokenizer.save_pretrained(folder / ADAPTER)
 
 
 def encode_texts(

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -84,7 +84,8 @@ class Reference:
 
     A model with a fresh LoRA is its own reference with the adapter off. A model that starts from a trained adapter
     (an SFT run) keeps a frozen copy of that adapter beside the trained one: turning adapters off would compare with
-    the base model, the mistake of TRL 0.11 that starts training at a KL of 32. A full model keeps a frozen copy.
+    the base model, the mistake of TRL 0.11 that starts training at a KL of 32. A full model keeps a frozen copy, and so
+    does an adapter of which PEFT holds one only: such that train biases, or are no LoRA.
     A model given as ``model`` is the reference as it is.
     """
 
@@ -94,7 +95,7 @@ class Reference:
         self._named = self._entered = False
         if model is not None:
             fuse_layers(model.eval().requires_grad_(False))
-        elif not isinstance(policy.model, PeftModel):
+        elif not isinstance(policy.model, PeftModel) or (adapter_is_trained and not _can_stand_twice(policy.model)):
             self._copy = copy_module(policy.model).eval().requires_grad_(False)
         elif adapter_is_trained:
             self._named = True
@@ -243,6 +244,11 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(layer).items():
             if ("dropout" in name or "layerdrop" in name) and isinstance(value, float):
                 setattr(layer, name, 0.0)
+
+
+def _can_stand_twice(model: Any) -> bool:
+    config = model.peft_config["default"]
+    return config.peft_type == PeftType.LORA and config.bias == "none" and not config.trainable_token_indices
 
 
 def _copy_adapter(model: Any, source: str, target: str) -> None:

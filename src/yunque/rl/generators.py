@@ -12,8 +12,9 @@ import torch
 from yunque.artifacts import sha256_file
 from yunque.errors import InputError, Stopped
 from yunque.models.adapter import adapter_for
+from yunque.models.adapter_folders import adapter_config
 from yunque.models.arguments import GenerationArguments, ModelArguments
-from yunque.models.loading import adapter_config, load_model, load_tokenizer
+from yunque.models.loading import load_model, load_tokenizer
 from yunque.models.policy import score_tokens
 from yunque.rl.endpoint import Endpoint
 from yunque.rl.feedback_arguments import WriterArguments

@@ -30,6 +30,7 @@ from yunque.rl.advantages import Rewards, estimate_advantages, token_rewards
 from yunque.rl.config import PPOConfig
 from yunque.rl.kl import AdaptiveKLController, FixedKLController, KLController, full_kl, kl_per_token
 from yunque.rl.losses import policy_loss, row_weights, value_loss
+from yunque.rl.rollout import check_rollouts
 from yunque.rl.statistics import Rollout, group_statistics, minibatch_variances, rollout_statistics, update_statistics
 
 T = TypeVar("T")
@@ -77,6 +78,7 @@ class PPOTrainer:
         if config.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.config, self.reference, self.accelerator = config, reference, accelerator
+        self.check_rollouts(policy)
         self.adapter, self.seed, self.temperature = policy.adapter, seed, temperature
         optimizer = optimizer or _adam(policy, config)
         updates = config.ppo_epochs * config.batch_size // (config.mini_batch_size * config.gradient_accumulation_steps)
@@ -102,6 +104,14 @@ class PPOTrainer:
             else FixedKLController(config.init_kl_coef)
         )
         self.steps_done = 0
+
+    def check_rollouts(self, policy: Policy) -> None:
+        """Check that rollouts sample from ``policy`` as its forward pass has it.
+
+        Raises:
+            InputError: they do not.
+        """
+        check_rollouts(policy.model, policy.adapter, self.accelerator.device)
 
     def _make_twins(self) -> tuple[Twin[Policy], Twin[nn.Module] | None, Reference] | None:
         """Twins of policy and of the reference's frozen copy, if any, for an engine that shards their weights."""

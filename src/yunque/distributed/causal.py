@@ -6,6 +6,8 @@ import warnings
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import SFTTrainer
 
 from yunque.distributed.trainers import LengthGrouping
@@ -28,6 +30,12 @@ class ContinuationTrainer(LengthGrouping, SFTTrainer):
     """
 
     def __init__(self, *, model: Any, **options: Any) -> None:
+        head = model.get_output_embeddings()
+        if isinstance(model, PeftModel) and isinstance(head, BaseTunerLayer):
+            raise InputError(
+                "lora_target_modules: fine-tuning computes its loss from the head's own weight and would not train "
+                "an adapter on it; leave the head out"
+            )
         trained = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of label smoothing, which it will drop in 2.0

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from yunque.models.adapter import ModelAdapter, TokenIds
+from yunque.models.adapter import DecoderOnly, ModelAdapter, TokenIds
 from yunque.models.decoding import Decoder
 from yunque.models.decoding_causal import GPT2Decoder, LlamaDecoder
 from yunque.models.decoding_t5 import T5Decoder

@@ -265,6 +265,8 @@ def load_adapted_classifier(name: str, adapter: Mapping[str, Any], option: str) 
             model = AutoModelForSequenceClassification.from_pretrained(
                 base, config=config, revision=revision, ignore_mismatched_sizes=True
             )
+    except InputError:
+        raise
     except _MODEL_ERRORS as error:
         raise _without_base(_unloadable(option, base, "classifier", error), name, option) from error
     try:

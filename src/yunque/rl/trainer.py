@@ -82,6 +82,7 @@ class PPOTrainer:
         if config.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.config, self.reference, self.accelerator = config, reference, accelerator
+        self.check_rollouts(policy)
         self.adapter, self.seed, self.temperature = policy.adapter, seed, temperature
         optimizer = optimizer or _adam(policy, config)
         updates = config.ppo_epochs * config.batch_size // (config.mini_batch_size * config.gradient_accumulation_steps)
@@ -133,6 +134,14 @@ class PPOTrainer:
                 check(logits(policy), "gathered model")
             if not self.reference.is_given:
                 check(logits(reference.score), "reference")
+
+    def check_rollouts(self, policy: Policy) -> None:
+        """Check that rollouts sample from ``policy`` as its forward pass has it.
+
+        Raises:
+            InputError: they do not.
+        """
+        check_rollouts(policy.model, policy.adapter, self.accelerator.device)
 
     def _make_twins(self) -> tuple[Twin[Policy], Twin[nn.Module] | None, Reference] | None:
         """Twins of policy and of the reference's frozen copy, if any, for an engine that shards their weights."""

@@ -30,8 +30,8 @@ class ContinuationTrainer(LengthGrouping, SFTTrainer):
         head = model.get_output_embeddings()
         if isinstance(model, PeftModel) and isinstance(head, BaseTunerLayer):
             raise InputError(
-                "lora_target_modules: TRL's fine-tuning computes its loss from the head's own weight and would not train "
-                "an adapter on it; leave the head out"
+                "lora_target_modules: TRL's fine-tuning computes its loss from the head's own weight and would not "
+                "train an adapter on it; leave the head out"
             )
         trained = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
         with warnings.catch_warnings():

@@ -27,6 +27,7 @@ from yunque.models.loading import load_model, load_tokenizer, save_model
 STEPS = 3
 ROWS = 16
 GLOBAL_BATCH = 4
+LEARNING_RATE = float(os.environ.get("LEARNING_RATE", "1e-2"))
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
 METHODS = {"full": {}, "lora": LORA, "qlora": LORA | {"load_in_4bit": True}, "prompt": {}, "adapter": {}}
 
@@ -66,7 +67,7 @@ def train(cell, folder, results, ranks):
     """Losses and norms of gradients of a few steps; the trained model in a folder."""
     name, method = cell.split("-")
     args = SupervisedArguments(
-        output_dir=str(results / f"run-{cell}"), max_steps=STEPS, logging_steps=1, learning_rate=1e-2, save_steps=100,
+        output_dir=str(results / f"run-{cell}"), max_steps=STEPS, logging_steps=1, learning_rate=LEARNING_RATE, save_steps=100,
         per_device_train_batch_size=GLOBAL_BATCH // ranks, report_to=[],
     )  # fmt: skip
     model_args = ModelArguments(model_name_or_path=str(folder / name), **METHODS[method])

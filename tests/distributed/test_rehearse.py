@@ -145,7 +145,9 @@ def test_a_plain_process_knows_nothing_of_the_profile(monkeypatch):
     found = []
     monkeypatch.setattr(rehearse, "_start", lambda command, environment: found.append((command, environment)))
     monkeypatch.setattr(rehearse, "_wait", lambda started: None)
-    monkeypatch.setattr(rehearse, "_records", lambda folder, ranks: [NO_LOSSES | {"losses": [1.0]} for _ in range(ranks)])
+    monkeypatch.setattr(
+        rehearse, "_records", lambda folder, ranks: [NO_LOSSES | {"losses": [1.0]} for _ in range(ranks)]
+    )
     rehearse.rehearse(wanted(launch_options=["--mixed_precision", "no"]))
     (plain, environment), (ranks, _) = found
     assert plain == ["-m", "yunque.distributed.rehearsal", "recipes/finetune.py"]

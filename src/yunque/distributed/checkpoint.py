@@ -31,6 +31,7 @@ from yunque.distributed.checkpoint_files import Score
 from yunque.distributed.stopping import StopSignal
 from yunque.distributed.training_state import Training, capture, random_state, restore, set_random_state
 from yunque.errors import InputError
+from yunque.models.placement import tensor_parallel
 
 __all__ = ["Checkpoints", "Found", "Score", "StopSignal", "Training"]
 
@@ -52,7 +53,9 @@ class Checkpoints:
     """The last few checkpoints of a run and its best one; entered while training, so that none is left half written."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, *, keep: int, asynchronous: bool = False) -> None:
-        self.folder, self.accelerator, self.keep, self.asynchronous = folder, accelerator, keep, asynchronous
+        self.folder, self.accelerator, self.keep = folder, accelerator, keep
+        # torch's copy of what it writes in the background fails on tensor-parallel weights of ranks after the first
+        self.asynchronous = asynchronous and tensor_parallel() is None
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         # A group of its own, on the CPU: the background thread's messages must not mix with training's.
         self._group = dist.new_group(backend="gloo") if self.ranks > 1 else None

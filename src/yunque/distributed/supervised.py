@@ -160,10 +160,8 @@ def fit(
     folder = Path(args.output_dir)
     trainer.group_by_length = args.train_sampling_strategy == "group_by_length"
     trainer.identity = _identity(trainer, args)
-    # torch's copy of what it writes in the background fails on tensor-parallel weights of ranks after the first
-    background = args.async_save and tensor_parallel() is None
     trainer.checkpoints = Checkpoints(
-        folder / CHECKPOINTS, trainer.accelerator, keep=args.save_total_limit, asynchronous=background
+        folder / CHECKPOINTS, trainer.accelerator, keep=args.save_total_limit, asynchronous=args.async_save
     )
     _keep_outputs_exact(trainer)
     if tensor_parallel():

@@ -51,19 +51,22 @@ def read_checked(load: Callable[P, M]) -> Callable[P, M]:
     """Let the models that ``load`` reads know what they compute where they are read whole, for ``plain_start``.
 
     Only a launch profile that splits weights as they are read makes this read twice, on the main process: under any
-    other, the model is whole there until an engine takes it.
+    other, the model is whole there until an engine takes it. Random numbers go on from where the plain reading leaves
+    them, so that a value head made next is the same one too.
     """
 
     @wraps(load)
     def checked(*args: P.args, **options: P.kwargs) -> M:
         if not is_split_while_read():
             return load(*args, **options)
-        start = PlainStart()
-        if os.environ.get("RANK", "0") == "0":
-            with read_whole(), torch.random.fork_rng(devices=[]):
-                start = _measured(load(*args, **options))
+        random_state = torch.get_rng_state()
         model: Any = load(*args, **options)
-        model.plain_start = start
+        model.plain_start = PlainStart()
+        if os.environ.get("RANK", "0") == "0":
+            torch.set_rng_state(random_state)
+            with read_whole():
+                model.plain_start = _measured(load(*args, **options))
+        torch.set_rng_state(broadcast_object_list([torch.get_rng_state()])[0])
         return model
 
     return checked

@@ -45,7 +45,12 @@ class ModelAdapter(ABC):
         self.forward_names = forward_names(model)
         is_encoder_decoder = config.is_encoder_decoder
         self.positions = readable_positions(model.get_decoder() if is_encoder_decoder else model, tokenizer)
-        self.query_positions = readable_positions(model.get_encoder(), tokenizer) if is_encoder_decoder else 0
+        self.query_positions = 0
+        if is_encoder_decoder:
+            window = getattr(config, "attention_window", 1)
+            limit = readable_positions(model.get_encoder(), tokenizer)
+            # LED pads every text to whole windows, and numbers the padding too
+            self.query_positions = limit - limit % max(window if isinstance(window, list) else [window])
 
     @abstractmethod
     def generation_inputs(self, queries: Sequence[TokenIds], device: torch.device) -> dict[str, Tensor]:
@@ -194,7 +199,7 @@ def readable_positions(model: Any, tokenizer: Any) -> int:
     """Tokens that ``model`` reads at once: by its own position tables, else its configuration, else the tokenizer.
 
     Rows of a table that tokens never reach do not count: those up to the padding's (RoBERTa and kin number positions
-    from behind it) and a fixed offset (BART, OPT). Attention in windows (LED) pads a text to whole ones.
+    from behind it) and a fixed offset (BART, OPT).
     """
     config = model.config.get_text_config(decoder=True)
     tables = [
@@ -204,9 +209,6 @@ def readable_positions(model: Any, tokenizer: Any) -> int:
     ]
     stated = [position_limit(config), getattr(config, "max_seq_len", None)]
     limit = min(tables or [number for number in stated if number] or [tokenizer.model_max_length])
-    window = getattr(config, "attention_window", None)
-    if window and tables:
-        limit -= limit % max(window if isinstance(window, list) else [window])
     return int(min(limit, tokenizer.model_max_length))
 
 

@@ -112,7 +112,7 @@ def put_on(model: PreTrainedModel, name: str, adapter: Mapping[str, Any], *, tra
     missing = [shorten(str(warning.message), 200) for warning in caught if _MISSING in str(warning.message)]
     if missing:
         raise InputError(f"model_name_or_path: the files of the adapter {name} are not complete: {missing[0]}")
-    loaded.adapter_folder = name  # where embeddings that grew and do not train are read from once more
+    vars(loaded)["adapter_folder"] = name  # where embeddings that grew and do not train are read from once more
     config: Any = loaded.peft_config["default"]
     config.base_model_name_or_path = adapter["base_model_name_or_path"]
     if trainable and is_prompt:  # PEFT loads virtual tokens to be used only

@@ -270,10 +270,10 @@ def load_adapted_classifier(name: str, adapter: Mapping[str, Any], option: str) 
     except _MODEL_ERRORS as error:
         raise _without_base(_unloadable(option, base, "classifier", error), name, option) from error
     try:
-        adapted = put_on(model, name, {**adapter, "task_type": TaskType.SEQ_CLS})
+        adapted = put_on(model, name, dict(adapter))
     except InputError as error:
         raise InputError(str(error).replace("model_name_or_path", option, 1)) from error
-    check_vocabulary(adapted, tokenizer, name, option)
+    check_vocabulary(adapted.get_base_model(), tokenizer, name, option)
     return adapted.eval(), tokenizer
 
 

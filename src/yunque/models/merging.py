@@ -42,7 +42,10 @@ def merged(model: PeftModel) -> PreTrainedModel:
     """
     if model.active_peft_config.is_prompt_learning:
         raise InputError("merge_adapter: virtual tokens cannot be merged; leave merge_adapter out")
-    copy: Any = deepcopy(model).eval()
+    # of adapters that it ties to each other PEFT keeps views, which deepcopy refuses
+    ties = [getattr(layer, "kwargs", {}).get("tied_adapter") or {} for layer in model.modules()]
+    views = {id(view): view.detach() for tie in ties for view in tie.values()}
+    copy: Any = deepcopy(model, views).eval()
     copy.set_adapter("default")
     expected = _probe_logits(copy)
     if any(is_quantized(parameter) for parameter in copy.parameters()):
@@ -50,6 +53,7 @@ def merged(model: PeftModel) -> PreTrainedModel:
     else:
         dtypes = {}
     _untie_adapted(copy)
+    was_tied = getattr(copy.config, "tie_word_embeddings", False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tied weights, which are untied
@@ -59,6 +63,7 @@ def merged(model: PeftModel) -> PreTrainedModel:
         raise InputError(f"merge_adapter: this adapter cannot be merged ({reason}); leave merge_adapter out") from error
     for name, weight in plain.named_parameters():
         weight.data = weight.data.to(dtypes.get(name, weight.dtype))
+    plain.config.tie_word_embeddings = was_tied  # PEFT says that head and embedding parted, not what parted with them
     _settle_ties(plain)
     _check_same(expected, plain)
     return plain

@@ -56,5 +56,5 @@ def test_files_of_other_content_are_another_run(kind, tmp_path):
 
 def test_a_run_cannot_end_before_its_checkpoint():
     check_steps(6, 6, CHECKPOINT)
-    with pytest.raises(InputError, match="max_steps: .* is of step 6, beyond the 5 steps"):
+    with pytest.raises(InputError, match=r"max_steps: .* is of step 6, beyond the 5 steps"):
         check_steps(6, 5, CHECKPOINT)

@@ -205,7 +205,9 @@ def test_a_killed_run_resumes_to_the_same_metrics(start_recipe, called, finetune
 
 
 def test_a_signal_saves_and_asks_to_try_again(start_recipe, called, finetune_options, tmp_path):
-    options = finetune_options(output_dir=tmp_path / "out", max_steps=5000, save_steps=5000)
+    options = finetune_options(
+        output_dir=tmp_path / "out", max_steps=5000, save_steps=5000, lr_scheduler_type="constant"
+    )
     process = start_recipe("finetune", options)
     wait_for(tmp_path / "out" / "log.jsonl", process)
     process.send_signal(signal.SIGTERM)

@@ -22,6 +22,7 @@ import numpy as np
 
 from yunque.artifacts import sha256_file
 from yunque.data.arguments import DataArguments, SourceArguments
+from yunque.data.tables import read_table
 from yunque.errors import InputError, is_disk_full
 
 TEXT_FORMATS = (".jsonl", ".json", ".csv")
@@ -204,7 +205,8 @@ def read_file(path: Path, name: str, split: str) -> RawSplit:
     """
     where = f"dataset_name: '{path}'"
     if path.suffix in TABLE_FORMATS:
-        return _read_table(path, name, split, where)
+        columns, rows = read_table(path, where)
+        return RawSplit(name, split, columns, rows, sha256_file(path))
     try:
         data = path.read_bytes()
         content = gzip.decompress(data) if path.suffix == ".gz" else data
@@ -222,33 +224,6 @@ def read_file(path: Path, name: str, split: str) -> RawSplit:
     if not rows:
         raise InputError(f"{where} has no rows")
     return RawSplit(name, split, columns, rows, hashlib.sha256(data).hexdigest())
-
-
-def _read_table(path: Path, name: str, split: str, where: str) -> RawSplit:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.read_table(path) if path.suffix == ".parquet" else _read_arrow(path)
-        digest = sha256_file(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{where} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
-    if not table.num_rows:
-        raise InputError(f"{where} has no rows")
-    return RawSplit(name, split, list(table.column_names), table.to_pylist(), digest)
-
-
-def _read_arrow(path: Path) -> Any:
-    """Arrow has two formats under one suffix; ``datasets`` writes the stream."""
-    import pyarrow
-    from pyarrow import ipc
-
-    with path.open("rb") as file:
-        try:
-            return ipc.open_stream(file).read_all()
-        except pyarrow.ArrowInvalid:
-            file.seek(0)
-            return ipc.open_file(file).read_all()
 
 
 def text_of(value: Any, where: str) -> str | None:

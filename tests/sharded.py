@@ -67,8 +67,8 @@ def train(cell, folder, results, ranks):
     """Losses and norms of gradients of a few steps; the trained model in a folder."""
     name, method = cell.split("-")
     args = SupervisedArguments(
-        output_dir=str(results / f"run-{cell}"), max_steps=STEPS, logging_steps=1, learning_rate=LEARNING_RATE, save_steps=100,
-        per_device_train_batch_size=GLOBAL_BATCH // ranks, report_to=[],
+        output_dir=str(results / f"run-{cell}"), max_steps=STEPS, logging_steps=1, save_steps=100,
+        learning_rate=LEARNING_RATE,         per_device_train_batch_size=GLOBAL_BATCH // ranks, report_to=[],
     )  # fmt: skip
     model_args = ModelArguments(model_name_or_path=str(folder / name), **METHODS[method])
     prompt = PromptTuningArguments(prompt_tuning_tokens=4 if method == "prompt" else None)

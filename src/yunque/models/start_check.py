@@ -113,14 +113,17 @@ def _measured(model: Any) -> PlainStart:
 
 
 def _prompt(model: Any, device: torch.device) -> Inputs:
-    """A few rows of tokens that mean nothing to the model: neither padding nor an end."""
+    """A few rows of tokens without padding and ends; what classifies reads one end, which T5's and BART's forms want."""
     config = model.config.get_text_config(decoder=True)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     special = {config.pad_token_id, *ends}
     plain = torch.tensor([token for token in range(config.vocab_size) if token not in special])
     tokens = plain[torch.arange(_ROWS * _TOKENS) * 7919 % len(plain)].reshape(_ROWS, _TOKENS).to(device)
+    classifies = _base(model).get_output_embeddings() is None
+    if classifies and ends[0] is not None:
+        tokens[:, -1] = ends[0]
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if model.config.is_encoder_decoder and (_base(model).get_output_embeddings() is not None):
+    if model.config.is_encoder_decoder and not classifies:
         start = torch.full_like(tokens[:, :1], model.config.decoder_start_token_id)
         inputs["decoder_input_ids"] = torch.cat([start, tokens[:, :-1]], dim=1)
     return inputs

@@ -63,12 +63,13 @@ class ResumableTrainer(Trainer):
 
         In between, the engine has the model as it starts, which is checked.
         """
-        start = start_check.plain_start(self.model, self.accelerator)
-        with buffers_left_whole(self.model, self.accelerator):
+        model: Any = self.model
+        start = start_check.plain_start(model, self.accelerator)
+        with buffers_left_whole(model, self.accelerator):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if start is not None:
             with eval_mode(self.model_wrapped):
-                start_check.check_start(start, self.model, self.accelerator, self._logits)
+                start_check.check_start(start, model, self.accelerator, self._logits)
             forget_forward_passes(self.model_wrapped)
         if resume_from_checkpoint is not None:
             assert self.found is not None, "go_on_from comes before training"

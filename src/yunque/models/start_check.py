@@ -113,7 +113,7 @@ def _measured(model: Any) -> PlainStart:
 
 
 def _prompt(model: Any, device: torch.device) -> Inputs:
-    """A few rows of tokens without padding and ends; what classifies reads one end, which T5's and BART's forms want."""
+    """Rows of tokens without padding and ends; what classifies reads one end, which T5's and BART's forms want."""
     config = model.config.get_text_config(decoder=True)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     special = {config.pad_token_id, *ends}

@@ -20,7 +20,7 @@ from yunque.errors import InputError
 CONFIG = "adapter_config.json"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
-_TRAINED_ON = {PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING}
+_TRAINED_ON = {PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING}  # of the others PEFT saves what came out of training
 _HEADS = ("score", "classifier", "classification_head", "logits_proj", "sequence_summary")
 _MISSING = "Found missing adapter keys"  # PEFT only warns
 

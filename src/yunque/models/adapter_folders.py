@@ -98,9 +98,11 @@ def put_on(model: PreTrainedModel, name: str, adapter: Mapping[str, Any], *, tra
     shapes = tensor_shapes(name)
     _resize(model, shapes, name)
     is_prompt = has_virtual_tokens(adapter)
-    if trainable and is_prompt and adapter["peft_type"] not in _TRAINED_ON:
+    kind = adapter["peft_type"]
+    if trainable and is_prompt and (kind not in _TRAINED_ON or adapter.get("prefix_projection")):
         raise InputError(
-            f"model_name_or_path: {name} ({adapter['peft_type']}) cannot be trained on; merge or evaluate it"
+            f"model_name_or_path: {name} ({kind.lower().replace('_', ' ')}) cannot be trained on: its files lack the "
+            "network that made its virtual tokens; start from its base"
         )
     try:
         with warnings.catch_warnings(record=True) as caught:

@@ -61,6 +61,6 @@ def check_packing(model: Any) -> None:
                 seen.append(output.logits[:, size:].float().nan_to_num())
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         seen.clear()
-    if not seen or not torch.allclose(*seen, rtol=1e-5, atol=1e-6):
+    if not seen or not torch.allclose(seen[0], seen[1], rtol=1e-5, atol=1e-6):
         kind = model.config.model_type
         raise InputError(f"packing: {kind} does not keep rows of one sequence apart; leave packing out")

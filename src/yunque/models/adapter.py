@@ -44,7 +44,12 @@ class ModelAdapter(ABC):
         self.forward_names = forward_names(model)
         is_encoder_decoder = config.is_encoder_decoder
         self.positions = readable_positions(model.get_decoder() if is_encoder_decoder else model, tokenizer)
-        self.query_positions = readable_positions(model.get_encoder(), tokenizer) if is_encoder_decoder else 0
+        self.query_positions = 0
+        if is_encoder_decoder:
+            window = getattr(config, "attention_window", 1)
+            limit = readable_positions(model.get_encoder(), tokenizer)
+            # LED pads every text to whole windows, and numbers the padding too
+            self.query_positions = limit - limit % max(window if isinstance(window, list) else [window])
 
     @abstractmethod
     def generation_inputs(self, queries: Sequence[TokenIds], device: torch.device) -> dict[str, Tensor]:
@@ -75,6 +80,11 @@ class ModelAdapter(ABC):
         Raises:
             InputError: such responses leave no room for a prompt, or do not fit themselves.
         """
+
+    def position_ids(self, attention_mask: Tensor) -> dict[str, Tensor]:
+        """Number real tokens only, for models that take positions: a GPT-2 would count the padding too."""
+        numbered = "position_ids" in self.forward_names
+        return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0)} if numbered else {}
 
     def _refuse(self, max_new_tokens: int) -> InputError:
         return InputError(
@@ -141,11 +151,6 @@ class DecoderOnly(ModelAdapter):
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask_BR[:, :-1].long()], dim=1)
         return ScoringBatch(inputs | self.position_ids(inputs["attention_mask"]), response_BR, mask_BR)
 
-    def position_ids(self, attention_mask: Tensor) -> dict[str, Tensor]:
-        """Number real tokens only, for models that take positions: a GPT-2 would count the padding too."""
-        numbered = "position_ids" in self.forward_names
-        return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0)} if numbered else {}
-
     def score(self, model: nn.Module, batch: ScoringBatch) -> tuple[Tensor, Tensor]:
         """The last R columns predict the response; the head runs on them alone."""
         slots = batch.response_BR.shape[1]
@@ -193,7 +198,7 @@ def readable_positions(model: Any, tokenizer: Any) -> int:
     """Tokens that ``model`` reads at once: by its own position tables, else its configuration, else the tokenizer.
 
     Rows of a table that tokens never reach do not count: those up to the padding's (RoBERTa and kin number positions
-    from behind it) and a fixed offset (BART, OPT). Attention in windows (LED) pads a text to whole ones.
+    from behind it) and a fixed offset (BART, OPT).
     """
     config = model.config.get_text_config(decoder=True)
     tables = [
@@ -203,9 +208,6 @@ def readable_positions(model: Any, tokenizer: Any) -> int:
     ]
     stated = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     limit = min(tables or [number for number in stated if number] or [tokenizer.model_max_length])
-    window = getattr(config, "attention_window", None)
-    if window and tables:
-        limit -= limit % max(window if isinstance(window, list) else [window])
     return int(min(limit, tokenizer.model_max_length))
 
 

@@ -142,7 +142,7 @@ def test_a_reward_model_of_one_output_scores_by_it_and_measures_no_toxicity():
 # --- several rewards ---
 
 
-def length_in_words(queries, responses):
+def length_in_words(queries, responses, columns):
     return np.array([float(len(response.split())) for response in responses])
 
 

@@ -6,6 +6,7 @@ import tiny
 import torch
 import trl
 from peft import LoraConfig
+from transformers import GPT2ForSequenceClassification
 
 from yunque.compat import trl011
 from yunque.errors import InputError
@@ -29,8 +30,6 @@ def classifier():
     torch.manual_seed(0)
     base = tiny.gpt2().config
     base.num_labels = 1
-    from transformers import GPT2ForSequenceClassification
-
     return GPT2ForSequenceClassification(base)
 
 

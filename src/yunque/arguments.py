@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,14 @@ from trl.scripts.utils import TrlParser
 from yunque.errors import InputError
 
 _NAMES_A_RUN = ("--config", "--model_name_or_path", "--teacher_name_or_path")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Takes a ``%`` in a help text as it is; argparse alone would read it as a format."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = super()._get_help_string(action)
+        return text and re.sub(r"%%|%(?!\()", "%%", text)
 
 
 class _Parser(TrlParser):
@@ -64,7 +73,12 @@ def parse(
     for option in repeatable:
         args = _joined(args, f"--{option}")
     config = _config_path(args)
-    parser = _Parser(groups, description=description, allow_abbrev=False)  # type: ignore[arg-type]  # a NewType of Any
+    parser = _Parser(
+        groups,  # type: ignore[arg-type]  # a NewType of Any
+        description=description,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options; the command line wins")
     try:
         values = parser.parse_args_and_config(args, return_remaining_strings=True, separate_remaining_strings=True)

@@ -85,7 +85,7 @@ class FakeRegistry:
         tokenizer = SimpleNamespace(
             encode=lambda texts, special_tokens=True: [[3] * len(text.split()) for text in texts]
         )
-        spec = SimpleNamespace(kind="causal", vocab_size=64)
+        spec = SimpleNamespace(kind="causal", vocab_size=64, max_positions=2048)
         model = SimpleNamespace(tokenizer=tokenizer, spec=spec)
         judge = SimpleNamespace(tokenizer=tokenizer, spec=SimpleNamespace(kind="classifier", vocab_size=64))
         self.engine, self.classifier = FakeEngine(metrics), FakeClassifier()

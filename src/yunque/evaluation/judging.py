@@ -16,7 +16,7 @@ from yunque.models.arguments import ModelArguments
 from yunque.models.embedded import EMBEDDED, ensure_embedded
 from yunque.models.loading import load_classifier, load_config
 from yunque.rl.rewards import ClassifierScorer, softmax
-from yunque.runtime.spec import read_spec
+from yunque.runtime.spec import read_spec, unique_names
 
 _OPTION = "toxicity_model_name_or_path"
 _BATCH_SIZE = 16
@@ -96,8 +96,8 @@ def _torch_labels(name: str) -> tuple[dict[str, int], bool]:
         config = load_config(name, ModelArguments(model_name_or_path=name))
     except InputError as error:
         raise InputError(f"toxicity_{error}") from error
-    labels = {str(label): int(index) for index, label in (config.id2label or {}).items()}
-    return labels, config.problem_type == "multi_label_classification"
+    names = unique_names([str(label) for _, label in sorted((config.id2label or {}).items())])
+    return {label: index for index, label in enumerate(names)}, config.problem_type == "multi_label_classification"
 
 
 def _onnx_labels(name: str) -> tuple[dict[str, int], bool]:

@@ -14,6 +14,7 @@ from yunque.errors import InputError
 from yunque.models.adapter import ModelAdapter, pad
 from yunque.models.decoding import length_batches
 from yunque.rl.config import RewardArguments
+from yunque.runtime.spec import unique_names
 
 REWARD_MODEL = "reward_model"
 """Name of the reward model among the parts of a reward."""
@@ -74,10 +75,10 @@ class ClassifierScorer:
         Raises:
             InputError: the classifier has no such label; the message lists those it has.
         """
-        labels = {str(name): int(index) for index, name in self.model.config.id2label.items()}
+        labels = unique_names([str(name) for _, name in sorted(self.model.config.id2label.items())])
         if label not in labels:
             raise InputError(f"{option}: the classifier has no label {label!r}; it has {', '.join(labels)}")
-        return labels[label]
+        return labels.index(label)
 
     @torch.no_grad()
     def logits(self, texts: Sequence[str]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,12 @@ class ModelSpec:
         (folder / SPEC).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
+def unique_names(labels: Sequence[str]) -> tuple[str, ...]:
+    """The labels of a classifier as keys: those that share a name get their index, ``other (0)`` and ``other (2)``."""
+    names = tuple(f"{name} ({index})" if labels.count(name) > 1 else name for index, name in enumerate(labels))
+    return names if len(set(names)) == len(names) else unique_names(names)
+
+
 def read_spec(folder: Path) -> ModelSpec:
     """Read ``runtime.json``.
 
@@ -56,5 +63,5 @@ def read_spec(folder: Path) -> ModelSpec:
     known = {field.name for field in fields(ModelSpec)}
     if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != known:
         raise InputError(f"{path}: not of format {FORMAT}, which this version of yunque reads; export again")
-    content["eos_token_ids"], content["labels"] = tuple(content["eos_token_ids"]), tuple(content["labels"])
+    content["eos_token_ids"], content["labels"] = tuple(content["eos_token_ids"]), unique_names(content["labels"])
     return ModelSpec(**content)

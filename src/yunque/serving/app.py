@@ -111,6 +111,8 @@ class _Front:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 added = [(b"x-request-id", told.request_id.encode()), (b"x-content-type-options", b"nosniff")]
+                if status >= 400 and any(name == b"expect" for name, _ in headers):
+                    added.append((b"connection", b"close"))  # the client may send its body now, or may not
                 message["headers"] = [*message.get("headers", []), *added]
             elif "first_byte_s" not in told.fields:
                 told.fields["first_byte_s"] = round(time.perf_counter() - began, 6)

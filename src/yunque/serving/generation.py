@@ -14,6 +14,7 @@ from starlette.requests import Request as HttpRequest
 
 from yunque.errors import InputError
 from yunque.runtime import GenerationOptions
+from yunque.runtime.batch import new_tokens
 from yunque.serving import problems
 from yunque.serving.engine import Engine
 from yunque.serving.guard import Guard
@@ -267,6 +268,11 @@ def check_prompts(served: Served, prompts: Sequence[Sequence[int]], settings: Se
                 400, f"{param}: has {len(prompt)} tokens, this server takes {settings.max_prompt_tokens} at most",
                 param=param, code="context_length_exceeded",
             )  # fmt: skip
+        try:
+            new_tokens(served.model.spec, prompt, GenerationOptions())
+        except InputError as error:
+            message = f"{param}{str(error).removeprefix('prompt')}"
+            raise Problem(400, message, param=param, code="context_length_exceeded") from error
         if max(prompt) >= served.model.spec.vocab_size:
             raise Problem(400, f"{param}: the model has no token {max(prompt)}", param=param, code="invalid_value")
 

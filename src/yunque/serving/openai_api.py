@@ -194,10 +194,6 @@ class _Completions(_Form):
     prefix = "cmpl"
     chunk_object = "text_completion"
 
-    def __init__(self, job: Job, wanted: schemas.Sampling) -> None:
-        super().__init__(job, wanted)
-        self._offsets: dict[int, int] = {}
-
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The answer at once."""
         return {
@@ -207,7 +203,7 @@ class _Completions(_Form):
                 {
                     "index": number,
                     "text": choice.text,
-                    "logprobs": self._logprobs(choice.logprobs, 0),
+                    "logprobs": self._logprobs(choice.logprobs),
                     "finish_reason": choice.finish_reason,
                     **self._safety(choice),
                 }
@@ -217,30 +213,32 @@ class _Completions(_Form):
         }
 
     def part(self, number: int, news: Event) -> dict[str, Any]:
-        begin = self._offsets.get(number, 0)
-        logprobs = self._logprobs(news.logprobs or (), begin)
-        self._offsets[number] = begin + sum(len(token.text) for token in news.logprobs or ())
         return {
-            "index": number, "text": news.text, "logprobs": logprobs, "finish_reason": news.finish_reason,
+            "index": number, "text": news.text, "logprobs": self._logprobs(news.logprobs or ()),
+            "finish_reason": news.finish_reason,
             **self._safety(news),
         }  # fmt: skip
 
-    def _logprobs(self, tokens: Sequence[TokenLogprob], begin: int) -> dict[str, Any] | None:
-        """The legacy form; offsets count the characters of the tokens' texts from ``begin``."""
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        """The legacy form, whose offsets are places in the choice's text."""
         options = self.job.options
         if not options.logprobs:
             return None
-        offsets = []
-        for token in tokens:
-            offsets.append(begin)
-            begin += len(token.text)
-        top = [{each.text: finite(each.logprob) for each in token.top} for token in tokens]
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [finite(token.logprob) for token in tokens],
-            "top_logprobs": top if options.top_logprobs else None,
-            "text_offset": offsets,
+            "top_logprobs": [_by_text(token) for token in tokens] if options.top_logprobs else None,
+            "text_offset": [token.offset for token in tokens],
         }
+
+
+def _by_text(chosen: TokenLogprob) -> dict[str, float]:
+    """Log-probabilities of the chosen token and the most probable ones; a text that is taken is ``token_id:N``."""
+    found = {chosen.text: finite(chosen.logprob)}
+    for each in chosen.top:
+        if each.token != chosen.token:
+            found[f"token_id:{each.token}" if each.text in found else each.text] = finite(each.logprob)
+    return found
 
 
 class _Chats(_Form):

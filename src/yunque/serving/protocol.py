@@ -1,4 +1,4 @@
-"""HTTP connections that give slow clients only so much time; Uvicorn itself times idle connections alone."""
+"""HTTP connections that time slow clients, where Uvicorn times idle ones alone, and that close without a reset."""
 
 from __future__ import annotations
 
@@ -28,14 +28,49 @@ def patient_protocol(patience: Patience) -> type[H11Protocol]:
     return type("PatientProtocol", (_Protocol,), {"patience": patience})
 
 
+class _Transport:
+    """A transport whose ``close`` lets a client that still sends read the answer.
+
+    A socket closed with bytes unread resets the connection, and the client's system drops the answer. So only the
+    sending side is closed; what comes is thrown away until the client closes its own, or the time for a body is over.
+    """
+
+    def __init__(self, transport: asyncio.Transport, protocol: _Protocol) -> None:
+        self._inner = transport
+        self._protocol = protocol
+        self.lingers = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def is_closing(self) -> bool:
+        """Whether nothing can be sent any more."""
+        return self.lingers or self._inner.is_closing()
+
+    def close(self) -> None:
+        """Close, at once when called again."""
+        if self.is_closing() or not self._protocol.client_sends:
+            self._inner.close()
+            return
+        self.lingers = True
+        self._protocol.loop.call_later(self._protocol.patience.body_s, self._inner.close)
+        try:
+            self._inner.write_eof()
+        except OSError:  # the client is gone
+            self._inner.close()
+        else:
+            self._inner.resume_reading()
+
+
 class _Protocol(H11Protocol):
     patience: Patience
+    transport: _Transport  # type: ignore[assignment]
     _reading: asyncio.TimerHandle | None = None
     _awaited: Any = None  # what of a request is being waited for: h11.IDLE its head, h11.SEND_BODY its body
     _writing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         self._await(h11.IDLE)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -43,9 +78,15 @@ class _Protocol(H11Protocol):
         self._stop_writing_timer()
         super().connection_lost(exc)
 
+    @property
+    def client_sends(self) -> bool:
+        """Whether more of a request may be on its way."""
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
+        if not self.transport.lingers:
+            super().data_received(data)
+            self._watch()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -74,6 +115,7 @@ class _Protocol(H11Protocol):
             self.transport.close()  # never said a word
         else:
             self._refuse(Problem(408, "the request did not arrive in time", code="request_timeout"))
+            self.transport.close()  # its time is over
 
     def pause_writing(self) -> None:
         super().pause_writing()

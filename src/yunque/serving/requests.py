@@ -37,8 +37,11 @@ class TopLogprob:
 
     @property
     def text(self) -> str:
-        """The token by itself; bytes that are no character by themselves are replaced."""
-        return self.bytes.decode(errors="replace")
+        """The token by itself; one of bytes that are no characters by themselves as OpenAI's ``bytes:\\xf0\\x9f``."""
+        try:
+            return self.bytes.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class TokenLogprob(TopLogprob):
     """A chosen token with its log-probability under the model, and ``options.top_logprobs`` alternatives."""
 
     top: tuple[TopLogprob, ...] = ()
+    offset: int = 0  # characters of the text before it
 
 
 @dataclass(frozen=True)

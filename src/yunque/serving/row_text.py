@@ -45,6 +45,7 @@ class RowText:
     def take(self, step: Step, place: int) -> Event:
         """The event of the row's token in ``step``."""
         token, reason = int(step.tokens[place]), int(step.reasons[place])
+        offset = self._writer.length
         text = self._writer.add(token)
         finish: FinishReason | None = None
         if self._writer.stopped or reason == EOS:
@@ -56,13 +57,13 @@ class RowText:
         if finish is not None:
             text += self._writer.finish()
             finish = "stop" if self._writer.stopped else finish
-        return Event(text, (token,), self._logprobs(step, place, token), finish, self.index)
+        return Event(text, (token,), self._logprobs(step, place, token, offset), finish, self.index)
 
     def last_event(self, reason: FinishReason, error: str | None = None) -> Event:
         """The end from outside, with the text that was held back."""
         return Event("" if error else self._writer.finish(), finish_reason=reason, index=self.index, error=error)
 
-    def _logprobs(self, step: Step, place: int, token: int) -> tuple[TokenLogprob, ...] | None:
+    def _logprobs(self, step: Step, place: int, token: int, offset: int) -> tuple[TokenLogprob, ...] | None:
         if not self.options.logprobs or step.logprobs is None:
             return None
         top: tuple[TopLogprob, ...] = ()
@@ -72,4 +73,5 @@ class RowText:
                 TopLogprob(number, self._tokenizer.token_bytes(number), logprob)
                 for number, logprob in zip(ids, logprobs, strict=True)
             )
-        return (TokenLogprob(token, self._tokenizer.token_bytes(token), float(step.logprobs[place]), top),)
+        own = self._tokenizer.token_bytes(token)
+        return (TokenLogprob(token, own, float(step.logprobs[place]), top, offset),)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import hmac
+import io
 import os
 import re
 import secrets
+import zlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -110,15 +113,21 @@ def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:
-    """The body of a JSON request.
+    """The body of a JSON request, unpacked where it is sent as gzip.
 
     Raises:
-        Problem: 413, larger than ``limit_bytes``; 415, not said to be JSON; 400, broken off.
+        Problem: 413, larger than ``limit_bytes``, packed or not; 415, not said to be JSON; 400, broken off.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # A page of another site can send text/plain unasked, but JSON only where this server allows it.
         raise Problem(415, "Content-Type: send application/json", code="unsupported_media_type")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "x-gzip"):
+        raise Problem(
+            415, "Content-Encoding: send gzip, or the body as it is", code="unsupported_media_type",
+            headers={"Accept-Encoding": "gzip"},
+        )  # fmt: skip
     too_large = Problem(
         413, f"the body is larger than {limit_bytes} bytes", code="body_too_large", headers={"Connection": "close"}
     )
@@ -133,6 +142,13 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
                 raise too_large
     except ClientDisconnect as error:
         raise Problem(400, "the body broke off", code="body_incomplete") from error
+    if encoding != "identity":
+        try:
+            body = bytearray(gzip.GzipFile(fileobj=io.BytesIO(body)).read(limit_bytes + 1))
+        except (OSError, EOFError, zlib.error) as error:
+            raise Problem(400, "the body is not the gzip that Content-Encoding says", code="invalid_gzip") from error
+        if len(body) > limit_bytes:
+            raise too_large
     return bytes(body)
 
 

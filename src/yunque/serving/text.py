@@ -91,10 +91,13 @@ class TextWriter:
         self._longest = max(map(len, stop), default=0)
         self._held = ""
         self.stopped = False
+        self.length = 0  # characters that are final, shown or not
 
     def add(self, token: int) -> str:
         """The text that may be shown after ``token``."""
-        return self._release(self._detokenizer.add(token))
+        new = self._detokenizer.add(token)
+        self.length += len(new)
+        return self._release(new)
 
     def finish(self) -> str:
         """The rest of the text."""

@@ -18,6 +18,7 @@ from yunque.models.adapter import adapter_for
 from yunque.models.arguments import GenerationArguments, ModelArguments
 from yunque.models.inference import load_for_inference
 from yunque.models.loading import load_classifier
+from yunque.models.positions import fixed_rotary_limit
 from yunque.rl.rollout import generate
 from yunque.runtime.spec import SPEC
 
@@ -62,8 +63,8 @@ class Fidelity:
 
 def longest_prompt(source: Source, new_tokens: int) -> int:
     """Tokens of a prompt that leave room for ``new_tokens``."""
-    positions = getattr(source.config, "max_position_embeddings", None) or getattr(source.config, "n_positions", None)
-    if source.config.model_type == "t5" or positions is None:
+    positions = fixed_rotary_limit(source.config)
+    if source.config.model_type == "t5" or not positions:
         return _LONGEST_PROMPT
     if source.kind == "causal":
         positions -= new_tokens

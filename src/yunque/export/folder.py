@@ -21,6 +21,7 @@ from yunque.export.parity import check_parity, find_prompts
 from yunque.export.quantized import Precision, Written
 from yunque.export.source import Source, load_source
 from yunque.export.weights import WeightFile
+from yunque.models.positions import fixed_rotary_limit
 from yunque.runtime.spec import ModelSpec
 
 STAGE = "onnx"
@@ -151,7 +152,7 @@ def specification(source: Source, files: dict[str, str]) -> ModelSpec:
 def _max_positions(config: Any) -> int | None:
     if config.model_type == "t5":
         return None
-    most = int(config.max_position_embeddings)
+    most = fixed_rotary_limit(config)
     return most - config.pad_token_id - 1 if config.model_type == "roberta" else most
 
 

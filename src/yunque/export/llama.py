@@ -8,9 +8,11 @@ from transformers import PreTrainedModel
 from yunque.errors import InputError
 from yunque.export.decoder import Decoder, Heads, Rotary
 from yunque.export.graph import Config, Graph, State, fused, fused_bias, transposed
+from yunque.models.positions import fixed_rotary_limit
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+_ROTARY_KINDS = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 _FUSED_ROTARY_MULTIPLE = 16
 """Head sizes the rotary part of the attention kernel takes."""
 
@@ -19,7 +21,7 @@ def decode(decoder: Decoder, config: Config, state: State, tied: bool, model: Pr
     """Everything from tokens to logits; ``tied`` says that the head is the embedding.
 
     Raises:
-        InputError: rotary embeddings that change with the length of the text, heads of an odd size.
+        InputError: rotary embeddings of an unknown kind, heads of an odd size.
     """
     graph = decoder.graph
     rotary = _rotary(config, model)
@@ -94,15 +96,14 @@ def _window(config: Config, layer: int) -> int:
 
 
 def _rotary(config: Config, model: PreTrainedModel) -> Rotary:
-    """Tables of the model's own rotary module, for every position it was made for."""
+    """Tables of the model's own rotary module, for every position that the export reads."""
     module = model.model.rotary_emb
-    kind = module.rope_type
-    if kind not in ("default", "linear", "llama3", "yarn"):
+    if module.rope_type not in _ROTARY_KINDS:
         raise InputError(
-            f"model_name_or_path: rotary embeddings of kind {kind} change with the length of the text; "
-            "only default, linear, llama3 and yarn can be exported"
+            f"model_name_or_path: rotary embeddings of kind {module.rope_type} cannot be exported; "
+            f"{', '.join(_ROTARY_KINDS)} can"
         )
-    positions = torch.arange(config.max_position_embeddings)[None]
+    positions = torch.arange(fixed_rotary_limit(config))[None]
     with torch.no_grad():
         cos, sin = module(torch.zeros(1), positions)
     half = cos.shape[-1] // 2

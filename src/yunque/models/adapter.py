@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from yunque.errors import InputError
+from yunque.models.positions import position_limit
 
 TokenIds = Sequence[int]
 
@@ -70,7 +71,7 @@ class ModelAdapter(ABC):
 
     @property
     def _positions(self) -> int:
-        positions = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        positions = position_limit(self.config.get_text_config(decoder=True))
         return min(positions or self.tokenizer_limit, self.tokenizer_limit)
 
     def _refuse(self, max_new_tokens: int) -> InputError:

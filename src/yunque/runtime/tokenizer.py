@@ -28,7 +28,7 @@ class Tokenizer:
         decoder = json.loads(path.read_text(encoding="utf-8")).get("decoder") or {}
         kinds = {decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", ()))}
         self._byte_level = "ByteLevel" in kinds
-        self._added = set(self._inner.get_added_tokens_decoder())  # written as they are, not in the byte alphabet
+        self._special = {number for number, token in self._inner.get_added_tokens_decoder().items() if token.special}
 
     def encode(self, texts: Sequence[str], *, special_tokens: bool = True) -> list[list[int]]:
         """Token ids, with the special tokens the model expects unless the texts hold them already."""
@@ -58,11 +58,11 @@ class Tokenizer:
         return self._cleans_up
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for by itself; an added token's are its name."""
+        """The bytes that a token stands for by itself; a special token's are its name."""
         piece = self._inner.id_to_token(token)
         if piece is None:
             return b""
-        if token in self._added:
+        if token in self._special:
             return str(piece).encode()
         if self._byte_level:
             if all(character in _BYTES for character in piece):

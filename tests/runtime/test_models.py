@@ -13,6 +13,7 @@ from exported import CLASSIFIERS
 
 from yunque.errors import InputError
 from yunque.runtime import load
+from yunque.runtime.spec import unique_names
 
 WITHOUT_TORCH = """
 import sys
@@ -112,3 +113,21 @@ def test_scores_of_given_answers(exported):
         wanted = made.model(torch.tensor([[5, 6, 7]]), decoder_input_ids=torch.tensor([[0, 9, 10]])).logits[0]
     np.testing.assert_allclose(found[0], wanted.numpy(), atol=1e-4)
     assert found[1].shape == (2, 64)
+
+
+def test_labels_that_share_a_name_stay_apart():
+    assert unique_names(["a", "b"]) == ("a", "b")
+    assert unique_names(["other", "hate", "other"]) == ("other (0)", "hate", "other (2)")
+    assert len(set(unique_names(["x", "x", "x (1)"]))) == 3
+
+
+def test_probabilities_of_labels_that_share_a_name(exported, tmp_path):
+    folder = tmp_path / "judge"
+    shutil.copytree(exported("roberta").folder, folder)
+    content = json.loads((folder / "runtime.json").read_text())
+    content["labels"] = ["other"] * len(content["labels"])
+    (folder / "runtime.json").write_text(json.dumps(content))
+    model = load(folder, verify="none")
+    (found,) = model.classify(["w3 w4"])
+    assert len(found) == len(model.labels) == model.logits(["w3"]).shape[1]
+    assert sum(found.values()) == pytest.approx(1)

@@ -81,10 +81,9 @@ ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 def test_offsets_are_places_in_the_text(tmp_path, make):
     """A leading space that decoding drops counts for nothing, and the bytes of one character for one."""
     inner = make()
-    inner.add_tokens(["caf\u00e9"])
     inner.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer(tmp_path)
-    tokens = inner.encode(TEXT + "caf\u00e9").ids
+    tokens = inner.encode(TEXT).ids
     model = SimpleNamespace(spec=SimpleNamespace(kind="causal"), tokenizer=tokenizer)
     options = GenerationOptions(logprobs=True, max_new_tokens=99)
     stream = SimpleNamespace(request=SimpleNamespace(prompt=[1], options=options))
@@ -94,8 +93,8 @@ def test_offsets_are_places_in_the_text(tmp_path, make):
         event = row.take(SimpleNamespace(tokens=[token], reasons=[reason], logprobs=[0.0], top=None), 0)
         text, pieces = text + event.text, [*pieces, *event.logprobs]
     assert text == tokenizer.decode(tokens)
-    assert b"".join(piece.bytes for piece in pieces).decode() == TEXT + "caf\u00e9"
-    begin = {piece.bytes: piece.offset for piece in pieces if piece.bytes in (b"a", b" a", b"b", "caf\u00e9".encode())}
+    assert b"".join(piece.bytes for piece in pieces).decode() == TEXT
+    begin = {piece.bytes: piece.offset for piece in pieces if piece.bytes in (b"a", b" a", b"b")}
     assert all(text[place:].startswith(own.decode().lstrip()) for own, place in begin.items()), (text, begin)
     smile = [piece.offset for piece in pieces if piece.bytes in (b"\xf0", b"\x9f", b"\x98", b"\x80")]
     assert smile == [text.index("\U0001f600")] * 4

@@ -38,7 +38,9 @@ class ExportArguments:
     )
     parity_prompts: int = field(default=16, metadata={"help": "Number of prompts of the proof."})
     parity_tokens: int = field(default=64, metadata={"help": "Greedy tokens compared for each prompt."})
-    parity_tolerance: float = field(default=1e-3, metadata={"help": "Largest difference of a logit that passes."})
+    parity_tolerance: float = field(
+        default=1e-3, metadata={"help": "Largest difference of a logit that passes, over the size of torch's logits."}
+    )
 
     def __post_init__(self) -> None:
         """Check what every export needs."""

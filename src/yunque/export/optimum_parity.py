@@ -32,7 +32,7 @@ def check_optimum_parity(
     """Compare ``folder`` with the torch model on ``prompts``, all in one padded batch.
 
     Raises:
-        CheckFailed: a logit differs by more than ``tolerance``, or a greedy token without being a tie.
+        CheckFailed: a logit differs by more than ``tolerance`` allows, or a greedy token without being a tie.
     """
     names = [path.stem for path in folder.glob("*.onnx")]
     sessions = {name: ort.InferenceSession(folder / f"{name}.onnx") for name in names}

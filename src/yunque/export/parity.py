@@ -38,15 +38,17 @@ class Parity:
     source: str
     max_logit_difference: float
     max_step_difference: float  # of log-probabilities chosen step by step over the cache
+    logit_scale: float  # root mean square of torch's logits, of a language model about each token's mean
     tokens_compared: int
     tokens_equal: int
-    ties: int  # unequal tokens whose two logits differ by less than the tolerance
+    ties: int  # unequal tokens whose two logits differ by less than the tolerance times the scale
 
     def __str__(self) -> str:
         """One line for the user."""
         return (
             f"parity on {self.prompts} prompts ({self.source}): largest logit difference "
-            f"{self.max_logit_difference:.1e}, {self.tokens_equal:,} of {self.tokens_compared:,} greedy choices equal, "
+            f"{self.max_logit_difference:.1e} of logits of {self.logit_scale:.2g}, {self.tokens_equal:,} of "
+            f"{self.tokens_compared:,} greedy choices equal, "
             f"{self.ties} ties"
         )
 
@@ -104,7 +106,7 @@ def check_parity(
     """Compare ``folder`` with the torch model on ``prompts``.
 
     Raises:
-        CheckFailed: a logit differs by more than ``tolerance``, or a greedy token without being a tie.
+        CheckFailed: a logit differs by more than ``tolerance`` allows, or a greedy token without being a tie.
     """
     exported = runtime.load(folder, verify="none")
     with torch.inference_mode():
@@ -119,12 +121,17 @@ def check_parity(
 def passed(parity: Parity, tolerance: float) -> Parity:
     """``parity``, if it is one.
 
+    ``tolerance`` is a share of the logits' scale: the rounding errors of float32 grow with the numbers.
+
     Raises:
-        CheckFailed: a logit differs by more than ``tolerance``, or a greedy token without being a tie.
+        CheckFailed: a logit differs by more, or a greedy token without being a tie.
     """
     largest = max(parity.max_logit_difference, parity.max_step_difference)
-    if not largest <= tolerance:  # a NaN fails too
-        raise CheckFailed(f"parity: logits differ by up to {largest:.2e} from torch, more than {tolerance:.0e}")
+    if not largest <= tolerance * parity.logit_scale:  # a NaN fails too
+        raise CheckFailed(
+            f"parity: logits differ by up to {largest:.2e} from torch, {largest / (parity.logit_scale or 1):.1e} of "
+            f"their size, more than --parity_tolerance {tolerance:.0e}"
+        )
     if parity.tokens_equal + parity.ties < parity.tokens_compared:
         wrong = parity.tokens_compared - parity.tokens_equal - parity.ties
         raise CheckFailed(f"parity: {wrong} of {parity.tokens_compared} greedy choices differ from torch's")
@@ -134,9 +141,9 @@ def passed(parity: Parity, tolerance: float) -> Parity:
 def compare_labels(source: Source, ids: Sequence[Sequence[int]], ours: NDArray[np.float32], origin: str) -> Parity:
     """``ours`` [texts, labels] against torch's logits of the same texts."""
     theirs = np.concatenate([source.model(torch.tensor([list(row)])).logits.numpy() for row in ids])
-    difference = float(np.abs(ours - theirs).max())
+    difference, scale = float(np.abs(ours - theirs).max()), float(np.sqrt(np.square(theirs).mean()))
     equal = int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
-    return Parity(len(ids), origin, difference, 0.0, len(ids), equal, 0)
+    return Parity(len(ids), origin, difference, 0.0, scale, len(ids), equal, 0)
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,9 @@ def against_torch(
 
     ``start`` begins an encoder-decoder's answers; the first ``skipped`` tokens are no choices.
     """
-    differences, steps, equal, ties, compared, prompts = [0.0], [0.0], 0, 0, 0, 0
+    differences, steps, squares = [0.0], [0.0], []
+    wrong_gaps = [np.zeros(0, np.float32)]
+    compared = prompts = 0
     for row in written:
         prompts += 1
         theirs = _torch_logits(source, start, row.prompt, row.tokens)
@@ -192,11 +201,13 @@ def against_torch(
         places, best = np.arange(len(chosen)), theirs.argmax(axis=1)
         steps.append(float(np.abs(log_softmax(theirs)[places, chosen] - row.logprobs).max()))
         wrong = (best != chosen)[skipped:]
-        gaps = (theirs[places, best] - theirs[places, chosen])[skipped:]
+        wrong_gaps.append((theirs[places, best] - theirs[places, chosen])[skipped:][wrong])
+        squares.append(float(np.square(theirs - theirs.mean(axis=1, keepdims=True)).mean()))
         compared += len(wrong)
-        equal += int((~wrong).sum())
-        ties += int((wrong & (gaps <= tolerance)).sum())
-    return Parity(prompts, origin, float(np.max(differences)), float(np.max(steps)), compared, equal, ties)
+    scale, gaps = float(np.sqrt(np.mean(squares))), np.concatenate(wrong_gaps)
+    ties = int((gaps <= tolerance * scale).sum())
+    largest = (float(np.max(differences)), float(np.max(steps)))
+    return Parity(prompts, origin, *largest, scale, compared, compared - len(gaps), ties)
 
 
 def _torch_logits(source: Source, start: int | None, prompt: list[int], answer: list[int]) -> NDArray[np.float32]:

@@ -37,7 +37,7 @@ class TopLogprob:
 
     @property
     def text(self) -> str:
-        """The token by itself; one of bytes that are no characters by themselves as OpenAI's ``bytes:\\xf0\\x9f``."""
+        r"""The token by itself; one of bytes that are no characters by themselves as OpenAI's ``bytes:\xf0\x9f``."""
         try:
             return self.bytes.decode()
         except UnicodeDecodeError:

@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ NEEDED = "t5/optimum-onnx-fp32-3files"  # what optimum's int8 files are made fro
 BFLOAT16 = ("openvino-fp32-auto", "transformers-bf16")
 
 Generate = Callable[[Any, int], Any]
+run = partial(subprocess.run, check=True, stdout=sys.stderr)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -116,7 +118,7 @@ def export_static(source: Path, folder: Path) -> None:
         "calibration_new_tokens": 4, "parity_prompts": 1, "parity_tokens": 4,
     }  # fmt: skip
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    subprocess.run([sys.executable, "compress/quantize.py", *words], check=True, stdout=sys.stderr, cwd=ROOT)
+    run([sys.executable, "compress/quantize.py", *words], cwd=ROOT)
 
 
 def prune_model(source: Path, folder: Path, *, masked: bool) -> None:
@@ -166,7 +168,7 @@ def open_peer(name: str, args: argparse.Namespace) -> Generate:
     if args.prepare:
         if artifact and not args.folder.is_dir():
             settings.artifact += ".part"
-            subprocess.run(["rm", "-rf", settings.artifact], check=True)
+            run(["rm", "-rf", settings.artifact])
             prepare(settings)
             os.rename(settings.artifact, args.folder)
         raise SystemExit(0)
@@ -236,8 +238,7 @@ class Engine:
 
     def prepare(self) -> None:
         """Let a peer convert the model."""
-        command = ["nice", *self.command, "--prepare"]
-        subprocess.run(command, check=True, env=self.environment, stdout=sys.stderr, stderr=subprocess.DEVNULL)
+        run([*self.command, "--prepare"], env=self.environment, stderr=subprocess.DEVNULL)
 
     def start(self) -> None:
         """Load the model."""
@@ -254,6 +255,10 @@ class Engine:
         self.process.stdin.flush()
         self.last = self._reply()
         return self.last
+
+    def warm_up(self, batch: int) -> None:
+        """Answer once, and keep the tokens."""
+        self.tokens[batch] = self.ask(batch, NEW_TOKENS, return_tokens=True)["tokens"]
 
     def _reply(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -273,7 +278,7 @@ class Engine:
         """Its figures."""
 
         def rate(batch: int, key: str) -> float:
-            median = statistics.median(run[key] for run in self.rows[batch])
+            median = statistics.median(one[key] for one in self.rows[batch])
             return round(batch * NEW_TOKENS / median, 1)
 
         def equal(batch: int) -> float:
@@ -290,9 +295,20 @@ class Engine:
             "files_mb": round(_folder_bytes(self.folder) / 1e6, 1),
             "rss_loaded_mb": self.loaded["rss_loaded_mb"],
             "peak_rss_mb": self.last["peak_rss_mb"],
-            "others_share": round(max(run["others"] for runs in self.rows.values() for run in runs), 2),
+            "others_share": round(max(one["others"] for each in self.rows.values() for one in each), 2),
             "tokens_equal_to_fp32": {batch: equal(batch) for batch in self.rows} if reference else {},
         }
+
+
+def attempt(name: str, call: Callable[..., Any], *values: Any) -> bool:
+    """Whether ``call`` succeeded; what is missing or broken is left out with one line."""
+    try:
+        call(*values)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = f"exit code {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else error
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+        return False
+    return True
 
 
 def measure(engines: list[Engine], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -300,14 +316,10 @@ def measure(engines: list[Engine], args: argparse.Namespace) -> list[dict[str, A
     running: list[Engine] = []
     try:
         for engine in engines:
-            try:
-                engine.start()
+            if attempt(engine.name, engine.start):
                 running.append(engine)
-            except ChildProcessError as error:
-                print(f"left out: {error}", file=sys.stderr)
         for batch in args.batches:
-            for engine in running:  # the warm-up
-                engine.tokens[batch] = engine.ask(batch, NEW_TOKENS, return_tokens=True)["tokens"]
+            running = [engine for engine in running if attempt(engine.name, engine.warm_up, batch)]
             if batch == args.batches[0]:
                 for engine in running:
                     engine.ask(1, 1)
@@ -327,36 +339,25 @@ def measure(engines: list[Engine], args: argparse.Namespace) -> list[dict[str, A
 def engines_of(shape: str, args: argparse.Namespace) -> list[Engine]:
     """What is to be timed, its files made."""
     args.shape = shape
-    source = args.peers_home / "models" / shape if args.peers else args.home / shape
+    source = args.peers_home / "models" / shape
+    maker = [args.peers_home / "optimum" / "bin" / "python", f"{args.peers}/make_models.py", source.parent]
+    if not args.peers or not (source.exists() or attempt("the peers' models", run, maker)):
+        source = args.home / shape
     if not source.exists():
-        if args.peers:
-            maker = args.peers_home / "optimum" / "bin" / "python"
-            subprocess.run([maker, args.peers / "make_models.py", source.parent], check=True, stdout=sys.stderr)
-        else:
-            _in_process(make_model, shape, source)
-    names = [name for name in OURS + (PRUNED if args.pruned else ()) if re.fullmatch(args.only, name)]
+        _in_process(make_model, shape, source)
     engines = []
-    for name in names:
+    for name in filter(partial(re.fullmatch, args.only), OURS + (PRUNED if args.pruned else ())):
         folder = args.home / f"{shape}_{name.removeprefix('yunque-')}"
         if not folder.exists():
             _in_process(export_model, name, source, folder)
         engines.append(Engine(name, Path(sys.executable), folder, source, args))
     for name, (environment, artifact) in _peers(args).items():
-        python = args.peers_home / environment / "bin" / "python"
         if not name.startswith(f"{shape}/") or not re.fullmatch(args.only, name.split("/")[1]):
             continue
-        if not python.exists():
-            print(f"left out: {name}: setup.sh has not made {python.parent.parent}", file=sys.stderr)
-            continue
         folder = args.peers_home / "work" / artifact if artifact else source
-        engine = Engine(name, python, folder, source, args)
-        try:
-            if not folder.exists():
-                engine.prepare()
-            if args.all or name != NEEDED:
-                engines.append(engine)
-        except subprocess.CalledProcessError:
-            print(f"left out: {name}: cannot convert the model", file=sys.stderr)
+        engine = Engine(name, args.peers_home / environment / "bin" / "python", folder, source, args)
+        if (folder.exists() or attempt(name, engine.prepare)) and (args.all or name != NEEDED):
+            engines.append(engine)
     return engines
 
 
@@ -381,9 +382,8 @@ def _in_process(call: Callable[..., None], *values: Any) -> None:
 
 
 def _folder_bytes(folder: Path) -> int:
-    return sum(
-        path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.name.startswith("tokenizer")
-    )
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("tokenizer")]
+    return sum(path.stat().st_size for path in files)
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -475,6 +475,8 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.peers = args.peers and args.peers.resolve()
+    if args.peers and not (args.peers / "serve_peers.py").is_file():
+        parser.error(f"--peers: {args.peers} holds no serve_peers.py")
     if args.worker:
         work(args)
         return
@@ -487,10 +489,8 @@ def main() -> None:
             results[shape] = measure(engines, args)
         for row in results[shape]:
             print(json.dumps({"shape": shape, "threads": args.threads, **row}), flush=True)
-        content = {
-            shape: {"engines": rows, "ratios": ratios(rows, args.batches, figure(args))}
-            for shape, rows in results.items()
-        }
+        key = figure(args)
+        content = {of: {"engines": rows, "ratios": ratios(rows, args.batches, key)} for of, rows in results.items()}
         (args.home / "results.json").write_text(json.dumps(content, indent=1) + "\n")
         (args.home / "results.md").write_text(report(results, args))
     print(report(results, args))

@@ -38,6 +38,7 @@ def main() -> None:
         raise InputError(f"keep_gate: is for scheme {MIXED}; gate the result of another with yunque compare")
 
     from yunque.export.quantizing import quantize, summary
+    from yunque.export.source import float_model
     from yunque.models.embedded import EMBEDDED, ensure_embedded, use_embedded
     from yunque.models.loading import adapter_config
 
@@ -45,6 +46,9 @@ def main() -> None:
     for name in ("calibration_dataset", "parity_dataset"):
         if getattr(args, name) == EMBEDDED:
             setattr(args, name, str(ensure_embedded().dataset))
+    given, args.model_name_or_path = args.model_name_or_path, float_model(str(args.model_name_or_path))
+    if given != args.model_name_or_path:
+        print(f"{given} is an ONNX folder; quantizing {args.model_name_or_path}, which it was made from")
     if adapter := adapter_config(str(args.model_name_or_path)):
         print(f"merging the adapter into {adapter['base_model_name_or_path']}")
     if args.scheme == MIXED:

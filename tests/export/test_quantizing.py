@@ -1,13 +1,24 @@
 """Quantized folders of every family: that they are what was asked for, what the report says, what is refused."""
 
 import json
+import runpy
 import shutil
+import sys
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from transformers import (
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 from yunque import artifacts, runtime
@@ -15,17 +26,19 @@ from yunque.compression.quantization_arguments import QuantizationArguments
 from yunque.compression.schemes import LAYER_KINDS, ONNX_SCHEMES, LayerScheme, PrecisionPlan
 from yunque.errors import CheckFailed, InputError
 from yunque.export import quantizing
+from yunque.export.arguments import ExportArguments
 from yunque.export.dequantized import quantize_dequantize
 from yunque.export.fidelity import torch_logits
-from yunque.export.folder import write_folder
+from yunque.export.folder import export, write_folder
 from yunque.export.quantized import quantizable_layers
 from yunque.export.quantizing import quantize, summary
-from yunque.export.source import Source
+from yunque.export.source import Source, float_model
 from yunque.models.arguments import ModelArguments
 from yunque.models.inference import load_for_inference
 from yunque.models.loading import load_classifier
 
 KINDS = {"t5": "seq2seq", "bart_untied": "seq2seq", "gpt2": "causal", "llama": "causal", "roberta": "classifier"}
+ROOT = Path(__file__).parents[2]
 PROMPT, ANSWER = [5, 6, 7, 8], [9, 10, 11]
 
 
@@ -242,3 +255,58 @@ def test_adapter_is_merged_first(exported, tmp_path):
         found = float_logits(load_torch(loaded, "seq2seq"), "seq2seq") if is_torch else logits_of(loaded, "seq2seq")
         assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.15
         assert [parent["path"] for parent in manifest.parents] == [str(adapter), str(made.source)]
+
+
+@pytest.mark.parametrize("scheme", ["bnb_nf4", "bnb_int8"])
+@pytest.mark.parametrize("family", ["opt", "gpt_neox", "electra"])
+def test_torch_schemes_take_families_that_cannot_be_exported(tmp_path, family, scheme):
+    sizes = {"vocab_size": 64, "num_attention_heads": 2, "hidden_size": 16, **tiny.SPECIAL}
+    torch.manual_seed(0)
+    if family == "opt":
+        model = OPTForCausalLM(OPTConfig(ffn_dim=32, num_hidden_layers=2, word_embed_proj_dim=16, **sizes))
+    elif family == "gpt_neox":
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(intermediate_size=32, num_hidden_layers=2, **sizes))
+    else:
+        model = ElectraForSequenceClassification(
+            ElectraConfig(embedding_size=16, intermediate_size=32, num_hidden_layers=2, num_labels=3, **sizes)
+        )
+    source, folder = tmp_path / "float", tmp_path / "small"
+    model.save_pretrained(source)
+    tiny.tokenizer().save_pretrained(source)
+    manifest = quantize(
+        QuantizationArguments(
+            model_name_or_path=str(source), scheme=scheme, output_dir=str(folder), parity_prompts=2, parity_tokens=4
+        )
+    )
+    assert manifest.metrics["layers"]["quantized"] >= 8
+    assert manifest.metrics["fidelity"]["kl_mean"] < 0.1
+    with pytest.raises(InputError, match="cannot be exported"):
+        quantize(
+            QuantizationArguments(
+                model_name_or_path=str(source), scheme="onnx_int8_dynamic", output_dir=str(tmp_path / "onnx")
+            )
+        )
+
+
+def test_an_onnx_folder_stands_for_the_model_it_was_made_from(tmp_path, monkeypatch):
+    def write(staging):
+        tiny.llama().save_pretrained(staging)
+        tiny.tokenizer().save_pretrained(staging)
+
+    model, onnx_folder = tmp_path / "model", tmp_path / "onnx"
+    artifacts.save_model_folder(model, write, stage="finetune", parents=["base"])
+    export(ExportArguments(model_name_or_path=str(model), output_dir=str(onnx_folder), parity_tokens=2))
+    assert float_model(str(onnx_folder)) == str(model)
+    assert float_model(str(model)) == str(model)
+    argv = ["quantize.py", "--model_name_or_path", onnx_folder, "--scheme", "onnx_int8_dynamic", "--parity_tokens", 2]
+    monkeypatch.setattr(sys, "argv", [*map(str, argv), "--output_dir", str(tmp_path / "int8")])
+    runpy.run_path(str(ROOT / "compress" / "quantize.py"))["main"]()
+    assert artifacts.read_manifest(tmp_path / "int8").parents[0]["path"] == str(model)
+    manifest = model / artifacts.MANIFEST
+    manifest.write_text(manifest.read_text().replace('"finetune"', '"ppo"'))
+    with pytest.raises(InputError, match=rf"made from {model} \(has changed"):
+        float_model(str(onnx_folder))
+    manifest.unlink()
+    shutil.rmtree(model)
+    with pytest.raises(InputError, match=rf"made from {model} \(not found"):
+        float_model(str(onnx_folder))

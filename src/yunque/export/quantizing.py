@@ -82,8 +82,8 @@ def quantize(args: QuantizationArguments) -> artifacts.Manifest:
     """
     name, folder = str(args.model_name_or_path), str(args.output_dir)
     artifacts.check_output_dir(folder, overwrite=args.overwrite_output_dir, resume=args.resume, inputs=[name])
-    source = load_source(name, args.model_revision, args.trust_remote_code)
     is_torch = args.scheme in TORCH_SCHEMES
+    source = load_source(name, args.model_revision, args.trust_remote_code, to_export=not is_torch)
     job: _TorchJob | _OnnxJob = _TorchJob(args, source) if is_torch else _OnnxJob(args, source)
     _check_room(folder, job.expected_bytes())
     prompts, origin = find_prompts(

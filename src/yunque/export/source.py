@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from yunque import artifacts
 from yunque.errors import InputError
 from yunque.export import decoder, optimum
 from yunque.export.decoder import Parts
@@ -97,12 +98,12 @@ class Source:
         )
 
 
-def load_source(name: str, revision: str, trust_remote_code: bool) -> Source:
+def load_source(name: str, revision: str, trust_remote_code: bool, *, to_export: bool = True) -> Source:
     """Load what ``name`` (hub id, model folder or adapter folder) holds.
 
     Raises:
-        InputError: no such model, an unknown architecture, weights that are quantized already, an adapter that cannot
-            be merged.
+        InputError: no such model, an architecture that cannot be exported where that is wanted, weights that are
+            quantized already, an adapter that cannot be merged.
     """
     args = ModelArguments(model_name_or_path=name, model_revision=revision, trust_remote_code=trust_remote_code)
     _refuse_onnx(name)
@@ -110,7 +111,7 @@ def load_source(name: str, revision: str, trust_remote_code: bool) -> Source:
     base = adapter["base_model_name_or_path"] if adapter else name
     config = load_config(base, args)
     is_classifier = adapter["task_type"] == "SEQ_CLS" if adapter else _is_classifier(config)
-    kind = _kind(config, is_classifier)
+    kind = _kind(config, is_classifier, to_export)
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"model_name_or_path: {base} is quantized already; export its float model")
     if is_classifier:
@@ -119,12 +120,14 @@ def load_source(name: str, revision: str, trust_remote_code: bool) -> Source:
         model, tokenizer = load_base(base, args), _load_tokenizer(name, base, args)
     if adapter:
         model = _merge(model, name)
-    if not getattr(tokenizer, "is_fast", False):
+    if to_export and not getattr(tokenizer, "is_fast", False):
         raise InputError(f"model_name_or_path: the tokenizer of {name} has no tokenizer.json, which the runtime reads")
     return Source(name, kind, model.float().eval(), tokenizer, base if adapter else None)
 
 
-def _kind(config: Config, is_classifier: bool) -> Kind:
+def _kind(config: Config, is_classifier: bool, to_export: bool) -> Kind:
+    if not to_export:
+        return "classifier" if is_classifier else "seq2seq" if config.is_encoder_decoder else "causal"
     if is_classifier and config.model_type in _CLASSIFIERS:
         return "classifier"
     if not is_classifier and config.model_type in _LANGUAGE_FAMILIES:
@@ -170,9 +173,30 @@ def _merge(model: PreTrainedModel, name: str) -> PreTrainedModel:
     return adapted.merge_and_unload()
 
 
-def _refuse_onnx(name: str) -> None:
+def float_model(name: str) -> str:
+    """``name`` or, where it is an ONNX folder of ours, the model it was made from, if that is still the same.
+
+    Raises:
+        InputError: an ONNX folder whose model is gone, has changed or cannot be told; the message names it.
+    """
+    if not _is_onnx(name) or artifacts.manifest_of(name) is None:
+        return name
+    parent = artifacts.lineage(name)[1]
+    if parent.manifest is None or parent.problem:
+        problem = f" ({parent.problem})" if parent.problem else ""
+        raise InputError(
+            f"model_name_or_path: {name} is an ONNX folder, made from {parent.path}{problem}; give the float model"
+        )
+    return parent.path
+
+
+def _is_onnx(name: str) -> bool:
     folder = Path(name)
-    if folder.is_dir() and any(folder.glob("*.onnx")) and not any(folder.glob("*.safetensors")):
+    return folder.is_dir() and any(folder.glob("*.onnx")) and not any(folder.glob("*.safetensors"))
+
+
+def _refuse_onnx(name: str) -> None:
+    if _is_onnx(name):
         raise InputError(f"model_name_or_path: {name} is an ONNX folder already; give the model it was made from")
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -15,7 +15,7 @@ from transformers import (
 
 from yunque.errors import InputError
 from yunque.models.adapter import adapter_for
-from yunque.models.arguments import ModelArguments
+from yunque.models.arguments import ModelArguments, PromptTuningArguments
 from yunque.models.classifier import load_to_classify, save_classifier
 from yunque.models.inference import load_for_inference
 from yunque.models.loading import load_classifier, load_model, load_tokenizer, save_model
@@ -169,6 +169,15 @@ def test_prefixes_are_refused_where_nothing_reads_them_and_evaluate(tmp_path):
         load(tmp_path / "prefix")
     found = load_for_inference(ModelArguments(model_name_or_path=str(tmp_path / "prefix")))
     torch.testing.assert_close(logits(found.model), logits(adapted))
+
+
+def test_p_tuning_has_nothing_to_train_on(tmp_path):
+    base = write_base(tmp_path / "base", "llama")
+    config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    write_adapter(tmp_path / "prompt", AutoModelForCausalLM.from_pretrained(base), config)
+    args = ModelArguments(model_name_or_path=str(tmp_path / "prompt"))
+    with pytest.raises(InputError, match=r"p tuning\) cannot be trained on"):
+        load_model(args, load_tokenizer(args), PromptTuningArguments())
 
 
 @pytest.mark.parametrize(

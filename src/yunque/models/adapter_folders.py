@@ -20,7 +20,7 @@ from yunque.errors import InputError
 CONFIG = "adapter_config.json"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
-_TRAINED_ON = {PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING}
+_TRAINED_ON = {PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING}  # of the others PEFT saves what came out of training
 _HEADS = ("score", "classifier", "classification_head", "logits_proj", "sequence_summary")
 _MISSING = "Found missing adapter keys"  # PEFT only warns
 
@@ -98,9 +98,11 @@ def put_on(model: PreTrainedModel, name: str, adapter: Mapping[str, Any], *, tra
     shapes = tensor_shapes(name)
     _resize(model, shapes, name)
     is_prompt = has_virtual_tokens(adapter)
-    if trainable and is_prompt and adapter["peft_type"] not in _TRAINED_ON:
+    kind = adapter["peft_type"]
+    if trainable and is_prompt and (kind not in _TRAINED_ON or adapter.get("prefix_projection")):
         raise InputError(
-            f"model_name_or_path: {name} ({adapter['peft_type']}) cannot be trained on; merge or evaluate it"
+            f"model_name_or_path: {name} ({kind.lower().replace('_', ' ')}) cannot be trained on: its files lack the "
+            "network that made its virtual tokens; start from its base"
         )
     try:
         with warnings.catch_warnings(record=True) as caught:

@@ -273,7 +273,7 @@ def load_adapted_classifier(name: str, adapter: Mapping[str, Any], option: str) 
         adapted = put_on(model, name, dict(adapter))
     except InputError as error:
         raise InputError(str(error).replace("model_name_or_path", option, 1)) from error
-    check_vocabulary(adapted.get_base_model(), tokenizer, name, option)
+    check_vocabulary(adapted, tokenizer, name, option)
     return adapted.eval(), tokenizer
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from yunque.distributed.layouts import PROFILES
+from yunque.distributed.rehearse import TOLERANCE
 
 ROOT = Path(__file__).parents[1]
 MARKS = ("<!-- bench/layout_table.py: begin -->", "<!-- bench/layout_table.py: end -->")
@@ -130,7 +131,7 @@ def _words(cell: dict[str, Any] | None, reasons: list[str]) -> str:
         if reason not in reasons:
             reasons.append(reason)
         return f"no [{'abcdefghijklmnopqrstuvwxyz'[reasons.index(reason)]}]"
-    verdict = "" if cell["equal"] else " DIFFER"
+    verdict = "" if cell["largest_difference"] <= TOLERANCE["bf16"] else " DIFFER"
     return f"{cell['start_difference']:.0e}; {cell['losses']}{verdict} {cell['largest_difference']:.0e}"
 
 

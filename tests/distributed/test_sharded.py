@@ -182,12 +182,12 @@ def test_every_family_starts_and_ends_as_itself(profile, method, launched, model
     if profile in ("tp", "fsdp2_tp"):
         names = [name for name in names if name.startswith("llama")]
     names += ["stories260K"] if stories.is_dir() else []
-    results, _ = launched(
-        profile, 4 if profile == "fsdp2_tp" else 2, [f"{name}-{method}" for name in names], LEARNING_RATE="0"
-    )
+    cells, ranks = [f"{name}-{method}" for name in names], 4 if profile == "fsdp2_tp" else 2
+    results, _ = launched(profile, ranks, cells, LEARNING_RATE="1e-12")
     for name in names:
         assert start_logits(results / f"{name}-{method}") == pytest.approx(start_logits(models / name), abs=0.1), name
-        assert says_tied(results / f"{name}-full") in (False, says_tied(models / name))
+        if method == "full":
+            assert says_tied(results / f"{name}-full") == says_tied(models / name), name
 
 
 def start_logits(folder):

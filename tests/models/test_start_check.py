@@ -7,6 +7,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 from peft import PromptTuningConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
 
 from yunque.errors import CheckFailed
 from yunque.models import start_check
@@ -74,6 +75,14 @@ def test_a_classifier_is_checked_with_its_head(accelerator):
     torch.nn.init.normal_(model.classifier.out_proj.weight, std=0.3)
     with pytest.raises(CheckFailed, match=r"classifier\.out_proj\.weight"):
         check(start, model, accelerator)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_is_checked_as_a_classifier_too(family, accelerator):
+    config = tiny.FAMILIES[family]().config
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    assert check(start_check._measured(model), model, accelerator) < 1e-6
 
 
 def test_virtual_tokens_that_are_drawn_do_not_count(accelerator):

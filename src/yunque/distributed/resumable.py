@@ -63,7 +63,7 @@ class ResumableTrainer(Trainer):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if start is not None:
             with eval_mode(self.model_wrapped):
-                start_check.check_start(start, self.model, self.accelerator, self._logits)
+                start_check.check_start(start, model, self.accelerator, self._logits)
             forget_forward_passes(self.model_wrapped)
         if resume_from_checkpoint is not None:
             assert self.found is not None, "go_on_from comes before training"

@@ -84,11 +84,11 @@ def tied_by_whole_weights() -> Iterator[None]:
         with whole_partitions([weight for name, weight in parameters if name in names]):
             tie(model, *args, **options)
 
-    models.tie_weights = tie_whole
+    PreTrainedModel.tie_weights = tie_whole  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        models.tie_weights = tie
+        PreTrainedModel.tie_weights = tie  # type: ignore[method-assign]
 
 
 def _copied(module: M, memo: dict[int, Any]) -> M:

@@ -70,8 +70,13 @@ def check_adapter(model: Any) -> None:
     """Check that tensor parallelism carries a LoRA adapter: PEFT's fails on matrices that are split by their inputs.
 
     Raises:
-        InputError: it has one on such a matrix.
+        InputError: it has one on such a matrix, or weights are sharded over groups besides, which it does not know.
     """
+    layout = tensor_parallel()
+    if layout is not None and layout.groups > 1 and hasattr(model, "peft_config"):
+        raise InputError(
+            "use_peft: PEFT's LoRA does not carry weights that are split and sharded too; take fsdp2 or tp"
+        )
     split = {name.split(".")[-2] for name, layer in model.named_modules() if _split_by_inputs(layer)}
     if split:
         raise InputError(

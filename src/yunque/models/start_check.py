@@ -36,16 +36,16 @@ Measured on trained models of 4 to 6 layers: 1e-6 and 0.01; it grows with depth.
 """
 
 _ROWS, _TOKENS = 4, 8
-_VALUES = 64
-_SAME_WEIGHT = 2e-2  # of a weight that was rounded to bfloat16 or float16
+_SAMPLED = 256
+_SAME_WEIGHT = 2e-2  # distance, relative to its size, that rounding to bfloat16 or float16 leaves
 
 
 @dataclass(frozen=True)
 class PlainStart:
-    """Logits of the fixed prompt and a few values of each weight, of one plain process; empty off the main process."""
+    """Logits of the fixed prompt and samples of each weight in one plain process; empty off the main process."""
 
     logits: Tensor | None = None
-    values: dict[str, Tensor] | None = None
+    samples: dict[str, Tensor] | None = None
 
 
 def read_checked(load: Callable[P, M]) -> Callable[P, M]:
@@ -109,18 +109,21 @@ def check_start(
 def _measured(model: Any) -> PlainStart:
     with torch.no_grad(), _without_virtual_tokens(model), _eval_mode(model):
         logits = model(**_prompt(model, model.device)).logits.float().cpu()
-    return PlainStart(logits, {name: _some_values(weight) for name, weight in _weights(model)})
+    return PlainStart(logits, {name: _sample(weight) for name, weight in _weights(model)})
 
 
 def _prompt(model: Any, device: torch.device) -> Inputs:
-    """A few rows of tokens that mean nothing to the model: neither padding nor an end."""
+    """Rows of tokens without padding and ends; what classifies reads one end, which T5's and BART's forms want."""
     config = model.config.get_text_config(decoder=True)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     special = {config.pad_token_id, *ends}
     plain = torch.tensor([token for token in range(config.vocab_size) if token not in special])
     tokens = plain[torch.arange(_ROWS * _TOKENS) * 7919 % len(plain)].reshape(_ROWS, _TOKENS).to(device)
+    classifies = _base(model).get_output_embeddings() is None
+    if classifies and ends[0] is not None:
+        tokens[:, -1] = ends[0]
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if model.config.is_encoder_decoder and (_base(model).get_output_embeddings() is not None):
+    if model.config.is_encoder_decoder and not classifies:
         start = torch.full_like(tokens[:, :1], model.config.decoder_start_token_id)
         inputs["decoder_input_ids"] = torch.cat([start, tokens[:, :-1]], dim=1)
     return inputs
@@ -142,13 +145,13 @@ def _compute_dtype(model: Any, accelerator: Accelerator) -> torch.dtype:
 
 def _changed_weights(start: PlainStart, model: Any, accelerator: Accelerator) -> list[str]:
     """Names of weights that are not those of the plain process, as the main process finds them; a few of them."""
-    (values,) = broadcast_object_list([start.values])
+    (samples,) = broadcast_object_list([start.samples])
     changed = []
     for name, weight in _weights(model):
         with whole_partitions([weight]):
-            here = _some_values(_whole(weight))
-        expected = values.get(name)
-        if expected is None or here.shape != expected.shape or not _are_same(here, expected):
+            here = _sample(_whole(weight))
+        known = samples.get(name)
+        if known is None or not (here - known).norm() <= _SAME_WEIGHT * known.norm():
             changed.append(name)
     changed = max(gather_object([changed]), key=len)
     return [*changed[:3], *([f"{len(changed) - 3} more"] if len(changed) > 3 else [])]
@@ -161,14 +164,10 @@ def _weights(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, weight
 
 
-def _some_values(weight: Tensor) -> Tensor:
-    """Values of a weight at even distances, which two weights share only by chance."""
+def _sample(weight: Tensor) -> Tensor:
+    """Values at positions that are spread over the weight: enough to tell one weight from another."""
     values = weight.detach().flatten()
-    return values[:: max(1, len(values) // _VALUES)].float().cpu().clone()
-
-
-def _are_same(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).norm() <= _SAME_WEIGHT * other.norm())
+    return values[torch.linspace(0, len(values) - 1, _SAMPLED, device=values.device).long()].float().cpu()
 
 
 def _whole(tensor: Any) -> Tensor:

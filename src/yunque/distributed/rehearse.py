@@ -29,7 +29,7 @@ TOLERANCE = {"no": 1e-4, "bf16": 3e-2}
 """Largest difference of a loss, relative to it, that rounding explains, by precision.
 
 float32 sums in another order differ by some 1e-6 a step, which a few steps of Adam amplify. bfloat16 keeps 8 bits: one
-rounding is 4e-3, and averaged gradients are rounded after another sum. Of the cells of bench/layouts.py, all
+rounding is 4e-3, and averaged gradients are rounded after another sum. Of the cells of bench/layout_table.py, all
 weights of a T5 differ by 1.6e-2 to 2.3e-2 in bfloat16 (PPO under fsdp2 and zero3, ORPO under zero3) and by less than
 1e-6 in float32; DPO's 2.6e-2 (BART, zero3) has not been repeated in float32.
 """

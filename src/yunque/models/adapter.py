@@ -82,6 +82,11 @@ class ModelAdapter(ABC):
             InputError: such responses leave no room for a prompt, or do not fit themselves.
         """
 
+    def position_ids(self, attention_mask: Tensor) -> dict[str, Tensor]:
+        """Number real tokens only, for models that take positions: a GPT-2 would count the padding too."""
+        numbered = "position_ids" in self.forward_names
+        return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0)} if numbered else {}
+
     def _refuse(self, max_new_tokens: int) -> InputError:
         return InputError(
             f"max_new_tokens: responses of {max_new_tokens} tokens go beyond the {self.positions} positions of "
@@ -146,11 +151,6 @@ class DecoderOnly(ModelAdapter):
         inputs["input_ids"] = torch.cat([inputs["input_ids"], response_BR[:, :-1]], dim=1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask_BR[:, :-1].long()], dim=1)
         return ScoringBatch(inputs | self.position_ids(inputs["attention_mask"]), response_BR, mask_BR)
-
-    def position_ids(self, attention_mask: Tensor) -> dict[str, Tensor]:
-        """Number real tokens only, for models that take positions: a GPT-2 would count the padding too."""
-        numbered = "position_ids" in self.forward_names
-        return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0)} if numbered else {}
 
     def score(self, model: nn.Module, batch: ScoringBatch) -> tuple[Tensor, Tensor]:
         """The last R columns predict the response; the head runs on them alone."""

@@ -24,7 +24,7 @@ class _Parser(TrlParser):
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """Add an argument whose help text is plain: argparse would take its % for a format."""
         if isinstance(text := options.get("help"), str):
-            options["help"] = text.replace("%", "%%")
+            options["help"] = text.replace("%%", "%").replace("%", "%%")  # some come escaped
         return super().add_argument(*names, **options)
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PEERS = """
 PEERS = {
     "t5/whole": ("whole", None, None, None, None, None),
-    "t5/missing": ("missing", "converted", None, None, None, None),
+    "t5/missing": ("missing", None, "converted", None, None, None),
     "t5/broken": ("broken", None, None, None, None, None),
     "t5/fails": ("fails", None, None, None, None, None),
 }
@@ -41,7 +41,12 @@ def args(tmp_path, monkeypatch):
 def test_a_missing_environment_leaves_out_its_peers_only(args, capsys, monkeypatch):
     bench = runpy.run_path(str(ROOT / "bench" / "serve_generation.py"))
     made = []
-    monkeypatch.setitem(bench["engines_of"].__globals__, "_in_process", lambda call, *rest: made.append(call.__name__))
+
+    def make(call, *rest):
+        made.append(call.__name__)
+        rest[-1].mkdir(parents=True)
+
+    monkeypatch.setitem(bench["engines_of"].__globals__, "_in_process", make)
     engines = bench["engines_of"]("t5", args)
     assert made == ["make_model", *["export_model"] * 3]  # no optimum environment makes the peers' own
     peers = [engine for engine in engines if "/" in engine.name]

@@ -47,6 +47,7 @@ def run(folder, scheme, write, feeds):
         value.type.tensor_type.ClearField("shape")
     onnx.save_model(model, folder / "one.onnx")
     options = ort.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # as the runtime
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(folder / "one.onnx", options, providers=["CPUExecutionProvider"])
     return session.run(None, feeds), precision.written

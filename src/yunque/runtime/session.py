@@ -58,6 +58,8 @@ def open_sessions(folder: Path, spec: ModelSpec, threads: int | None) -> dict[st
     # Threads wait busily for the next operator, since waking takes longer, but not until the next graph: a decoder that
     # waits so holds the core that its encoder wants, or the server's event loop.
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
+    # Processors without VNNI multiply uint8 by int8 in 16 bits that overflow: weights become uint8 there, and exact
+    options.add_session_config_entry("session.x64quantprecision", "1")
     sessions, former = {}, anonymous_ranges()
     for name, file in spec.graphs.items():
         try:

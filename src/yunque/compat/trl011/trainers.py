@@ -40,7 +40,7 @@ _TRAINING_DEFAULTS: dict[str, Any] = {
     "bf16": False,
     "report_to": "none",
 }
-_PROMPT_LENGTHS = {"max_length": 512, "max_prompt_length": 128, "truncation_mode": "keep_end"}
+_PROMPT_LENGTHS: dict[str, Any] = {"max_length": 512, "max_prompt_length": 128, "truncation_mode": "keep_end"}
 
 
 def _today(config: type, options: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,8 +107,10 @@ def _lengths(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: a pair has no room for an answer.
     """
-    lengths = {name: default if (value := options.pop(name, None)) is None else value
-               for name, default in _PROMPT_LENGTHS.items()}  # fmt: skip
+    lengths: dict[str, Any] = {
+        name: default if (value := options.pop(name, None)) is None else value
+        for name, default in _PROMPT_LENGTHS.items()
+    }
     if lengths["max_prompt_length"] >= lengths["max_length"]:
         raise InputError(
             f"max_prompt_length: {lengths['max_prompt_length']} leaves no token of max_length "
@@ -169,7 +171,8 @@ class SFTTrainer(trl.SFTTrainer):
             for name, value in _today(trl.SFTConfig, own, {}).items():
                 if name in {_RENAMED.get(key, key) for key in own}:
                     setattr(args, name, value)
-            args.text_column = own.get("dataset_text_field", getattr(args, "text_column", None))
+            if "dataset_text_field" in own:
+                vars(args)["text_column"] = own["dataset_text_field"]
         self._text_of = formatting_func
         super().__init__(model, args, **_with_tokenizer(more, tokenizer))
 
@@ -253,14 +256,15 @@ class ORPOTrainer(orpo.ORPOTrainer):
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
         """Cut the prompt's text where the pair is too long; the answers are TRL's to cut."""
         if isinstance(self.args, ORPOConfig) and not self.is_encoder_decoder:
+            tokenizer: Any = self.processing_class
             prompt, chosen, rejected = (
-                self.processing_class(feature[name], add_special_tokens=False)["input_ids"]
+                tokenizer(feature[name], add_special_tokens=False)["input_ids"]
                 for name in ("prompt", "chosen", "rejected")
             )
-            limit = self.args.max_prompt_length
-            if len(prompt) + max(len(chosen), len(rejected)) + 2 > self.args.max_length and len(prompt) > limit:
+            limit, max_length = self.args.max_prompt_length, self.args.max_length or 0
+            if len(prompt) + max(len(chosen), len(rejected)) + 2 > max_length and len(prompt) > limit:
                 kept = prompt[:limit] if self.args.prompt_truncation_mode == "keep_start" else prompt[-limit:]
-                feature = feature | {"prompt": self.processing_class.decode(kept)}
+                feature = feature | {"prompt": tokenizer.decode(kept)}
         tokens: dict[str, Any] = super().tokenize_row(feature, model)
         return tokens
 

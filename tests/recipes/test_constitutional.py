@@ -154,7 +154,8 @@ def test_killed_in_the_middle_it_resumes_to_the_same_files(
     assert process.returncode == code, errors
     if code == 75:
         assert "--resume" in errors.splitlines()[-1]
-    assert len(server.requests) == 15
+    # the signal reaches the process a moment later than the answer, where others share its processor
+    assert 15 <= len(server.requests) < total
     server.reply = reply
     run = called("constitutional", remote(resume=True))
     assert files(run.folder) == whole

@@ -251,19 +251,20 @@ class ORPOTrainer(orpo.ORPOTrainer):
 
     def __init__(self, model: Any = None, args: Any = None, *, tokenizer: Any = None, **more: Any) -> None:
         args = _with_options_of_the_trainer(ORPOConfig, args, more)
+        self._options = args  # before TRL's own, which come after the data
         super().__init__(model, args, **_with_tokenizer(more, tokenizer))
 
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
         """Cut the prompt's text where the pair is too long; the answers are TRL's to cut."""
-        if isinstance(self.args, ORPOConfig) and not self.is_encoder_decoder:
+        if isinstance(self._options, ORPOConfig) and not self.is_encoder_decoder:
             tokenizer: Any = self.processing_class
             prompt, chosen, rejected = (
                 tokenizer(feature[name], add_special_tokens=False)["input_ids"]
                 for name in ("prompt", "chosen", "rejected")
             )
-            limit, max_length = self.args.max_prompt_length, self.args.max_length or 0
+            limit, max_length = self._options.max_prompt_length, self._options.max_length or 0
             if len(prompt) + max(len(chosen), len(rejected)) + 2 > max_length and len(prompt) > limit:
-                kept = prompt[:limit] if self.args.prompt_truncation_mode == "keep_start" else prompt[-limit:]
+                kept = prompt[:limit] if self._options.prompt_truncation_mode == "keep_start" else prompt[-limit:]
                 feature = feature | {"prompt": tokenizer.decode(kept)}
         tokens: dict[str, Any] = super().tokenize_row(feature, model)
         return tokens

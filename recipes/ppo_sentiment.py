@@ -122,7 +122,7 @@ def main() -> None:
         raise InputError("reward_model_name_or_path: sentiment is measured by it; give a classifier with labels")
 
     # ---- data ----
-    data = load_texts(data_args, run_args.seed)
+    data = load_texts(data_args, run_args.seed, keep_columns=bool(reward_args.reward_funcs))
     console.print(str(data))
     train, test = (
         prepare_openings(

@@ -259,6 +259,11 @@ def require_column(raw: RawSplit, column: str, option: str, *, numbered: bool = 
     return sorted(found, key=lambda name: int(name[len(column) :]))
 
 
+def row_as_json(raw: RawSplit, row: Mapping[str, Any]) -> str:
+    """All of the file's columns of one row, which keeps values of any type."""
+    return json.dumps({name: row.get(name) for name in raw.columns}, default=str)
+
+
 def group_columns(args: SourceArguments, raw: RawSplit) -> list[str]:
     """Return the column that holds the group, or nothing where none was asked for.
 
@@ -297,7 +302,7 @@ def _summary_rows(args: DataArguments, keep_columns: bool, raw: RawSplit) -> lis
         for column in groups:
             kept["group"] = text_of(row.get(column), f"group_column: '{column}'") or ""
         if keep_columns:
-            kept[ROW] = json.dumps({name: row.get(name) for name in raw.columns}, default=str)
+            kept[ROW] = row_as_json(raw, row)
         rows.append(kept)
     return rows
 

@@ -55,7 +55,11 @@ ones; averaging instead of adding gradients, or leaving a rank's out, goes as fa
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    dropout = {"t5": {"dropout_rate": 0.0}, "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
+    dropout = {
+        "t5": {"dropout_rate": 0.0},
+        "bart": {"dropout": 0.0},
+        "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    }
     for name in FAMILIES:
         kind = name.removesuffix("untied")
         options = dropout.get(kind, {}) | ({"tie_word_embeddings": name == kind} if kind != "t5" else {})

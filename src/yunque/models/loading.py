@@ -416,10 +416,12 @@ def add_lora(model: PreTrainedModel, args: ModelArguments, task: TaskType | None
     except ValueError as error:
         kinds = (nn.Linear, Conv1D)
         names = {name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, kinds)}
-        reason = error if unknown else f"{args.lora_target_modules or 'no default'} cannot be adapted"
+        kind = model.config.model_type
+        reason = f"{error} in {kind}" if unknown else f"{named} cannot be adapted in {kind}"
+        if not args.lora_target_modules:
+            reason = f"PEFT has no default for {kind}"
         raise InputError(
-            f"lora_target_modules: {reason} in {model.config.model_type}; it has {', '.join(sorted(names))}, or give "
-            f"{_ALL_LINEAR}"
+            f"lora_target_modules: {reason}; give some of {', '.join(sorted(names))}, or {_ALL_LINEAR}"
         ) from error
 
 

@@ -46,6 +46,8 @@ def merged(model: PeftModel) -> PreTrainedModel:
     ties = [getattr(layer, "kwargs", {}).get("tied_adapter") or {} for layer in model.modules()]
     views = {id(view): view.detach() for tie in ties for view in tie.values()}
     copy: Any = deepcopy(model, views).eval()
+    for layer in copy.modules():
+        vars(layer).pop("forward", None)  # what trainers put there (TRL's fused head) still computes with the original
     copy.set_adapter("default")
     expected = _probe_logits(copy)
     if any(is_quantized(parameter) for parameter in copy.parameters()):

@@ -79,6 +79,6 @@ def test_a_layout_that_changes_the_model_ends_the_run_in_one_line(
     with pytest.raises(SystemExit) as left:
         rehearse(Rehearsal(find_profile("zero3"), str(tmp_path / "broken.py"), arguments), compare=False)
     assert left.value.code == 1
-    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("error: "))
-    assert line.startswith("error: launch profile: the model computes other logits than one plain process does")
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("failed: "))
+    assert line.startswith("failed: launch profile: the model computes other logits than one plain process does")
     assert "lm_head.weight" in line

@@ -65,7 +65,7 @@ def main() -> None:
         name = "merge_adapter" if model_args.merge_adapter else "packing"
         raise InputError(f"{name}: virtual tokens stand before every single prompt; leave {name} out")
 
-    from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments
+    from transformers import Seq2SeqTrainingArguments
 
     from yunque.artifacts import save_model_folder
     from yunque.data.mixtures import (
@@ -77,7 +77,7 @@ def main() -> None:
         prompt_template_of,
         tasks_of,
     )
-    from yunque.data.targets import pack
+    from yunque.data.targets import AnswerCollator, pack
     from yunque.distributed.held_out import HeldOut, HeldOutScores, answer_rows, change, show_change
     from yunque.distributed.saving import gathered_weights
     from yunque.distributed.start import split_while_loading, start_run
@@ -140,7 +140,7 @@ def main() -> None:
             model=model,
             args=arguments,
             train_dataset=train_rows,
-            data_collator=DataCollatorForSeq2Seq(tokenizer, model),  # pads labels with -100, which the loss skips
+            data_collator=AnswerCollator(tokenizer, model),
             compute_loss_func=label_loss(args.label_smoothing_factor),
             processing_class=tokenizer,
         )

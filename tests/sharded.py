@@ -14,8 +14,9 @@ from pathlib import Path
 import datasets
 import tiny
 import torch
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, set_seed
+from transformers import Seq2SeqTrainingArguments, set_seed
 
+from yunque.data.targets import AnswerCollator
 from yunque.distributed.accounting import Meter
 from yunque.distributed.layouts import data_ranks
 from yunque.distributed.saving import gathered_weights
@@ -52,7 +53,7 @@ def trainer_of(model, tokenizer, args):
 
         return AnswerTrainer(
             model=model, args=trainer_arguments(args, Seq2SeqTrainingArguments), train_dataset=train_rows,
-            data_collator=DataCollatorForSeq2Seq(tokenizer, model), compute_loss_func=label_loss(0.0),
+            data_collator=AnswerCollator(tokenizer, model), compute_loss_func=label_loss(0.0),
             processing_class=tokenizer,
         )  # fmt: skip
     from trl import SFTConfig

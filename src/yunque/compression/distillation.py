@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from yunque.compression.arguments import DistillationArguments
 from yunque.compression.divergences import divergence
 from yunque.compression.students import Student
-from yunque.data.targets import IGNORED
+from yunque.data.targets import IGNORED, AnswerCollator
 from yunque.distributed.trainers import LengthGrouping
 from yunque.errors import InputError
 from yunque.models.adapter import ModelAdapter
@@ -188,8 +188,7 @@ def collator(tokenizer: Any, model: Any) -> Callable[[list[dict[str, Any]]], Any
     """Pads rows on the right, labels with -100, and gives an encoder-decoder model its decoder's inputs."""
     to_the_right = deepcopy(tokenizer)
     to_the_right.padding_side = "right"
-    collate = DataCollatorForSeq2Seq(to_the_right, model if model.config.is_encoder_decoder else None)
-    return lambda rows: collate([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+    return AnswerCollator(to_the_right, model)
 
 
 def frozen(model: Any) -> Any:

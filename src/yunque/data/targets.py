@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import datasets
+import torch
+from torch import Tensor
 
 from yunque.errors import InputError
 
@@ -13,6 +15,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that no loss counts
+
+
+class AnswerCollator:
+    """Batches of rows of "input_ids" and "labels", padded; for an encoder-decoder with its decoder's inputs."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+        from transformers import DataCollatorForSeq2Seq
+
+        self._pad, self._model = DataCollatorForSeq2Seq(tokenizer), model
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        """One batch."""
+        batch = self._pad([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+        if self._model.config.is_encoder_decoder:
+            batch["decoder_input_ids"] = decoder_inputs(batch["labels"], self._model)
+        return batch
+
+
+def decoder_inputs(labels_BL: Tensor, model: Any) -> Tensor:
+    """What the decoder of ``model`` reads to write ``labels_BL``: its start, then each label but the last.
+
+    By the model's own method, such as mBART's, which puts the language first; M2M100 and Blenderbot have none.
+    """
+    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        found: Tensor = own(labels=labels_BL)
+        return found
+    start = torch.full_like(labels_BL[:, :1], model.config.decoder_start_token_id)
+    shifted = torch.cat([start, labels_BL[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)
 
 
 def encode_answers(

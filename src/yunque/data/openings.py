@@ -11,8 +11,10 @@ import datasets
 import numpy as np
 
 from yunque.data.arguments import OpeningArguments
+from yunque.data.encoding import beginning
 from yunque.data.loading import ROW, LoadedData, RawSplit, load_pair, require_column, row_as_json, text_of
 from yunque.errors import InputError
+from yunque.runtime.tokenizer import without_second
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,10 +69,12 @@ def prepare_openings(
     low, high = args.min_text_chars or 1, args.max_text_chars or float("inf")
     rows = [row for row in dataset if low <= len(row["text"]) <= high]
     kept: list[dict[str, Any]] = []
+    first = beginning(tokenizer)
     for start in range(0, len(rows), BATCH_ROWS):
         batch = rows[start : start + BATCH_ROWS]
         encoded = tokenizer([row["text"] for row in batch], return_special_tokens_mask=True, verbose=False)
-        for row, ids, special in zip(batch, encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+        for row, found, mask in zip(batch, encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+            ids, special = (without_second(first, found, values) for values in (found, mask))
             size = _prompt_tokens(args, seed, row["number"])
             lead = special.index(0) if 0 in special else len(special)
             if sum(special[lead : lead + size]) == 0 and len(ids) >= lead + size:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import datasets
 
 from yunque.data.arguments import TEXT_FIELD, DataArguments
+from yunque.data.encoding import encode
 from yunque.errors import InputError
 
 if TYPE_CHECKING:
@@ -130,13 +131,8 @@ class _Prompter:
         filled = [_fill(text, frame) for text, frame in zip(texts, frames, strict=True)]
         ids: list[list[int]] = []
         for start in range(0, len(filled), BATCH_ROWS):
-            # verbose=False: the tokenizer's warning about long inputs, which are cut and reported below.
-            ids += self.tokenizer(
-                filled[start : start + BATCH_ROWS],
-                add_special_tokens=self.special_tokens,
-                return_attention_mask=False,
-                verbose=False,
-            )["input_ids"]
+            rows = filled[start : start + BATCH_ROWS]
+            ids += encode(self.tokenizer, rows, add_special_tokens=self.special_tokens)
         if not self.append_eos:
             ids = [row[:-1] if row and row[-1] == self.tokenizer.eos_token_id else row for row in ids]
         return ids

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from yunque import runtime
+from yunque.data.encoding import encode
 from yunque.errors import InputError
 from yunque.evaluation.arguments import EvaluatedModelArguments, EvaluationArguments, HeldOutArguments
 from yunque.evaluation.onnx_generator import is_onnx
@@ -76,7 +77,7 @@ class ToxicityJudge:
         if self.onnx is not None:
             return [len(ids) for ids in self.onnx.encode(list(texts))]
         assert self.scorer is not None, "load the judge first"
-        return [len(ids) for ids in self.scorer.tokenizer(list(texts), verbose=False)["input_ids"]]
+        return [len(ids) for ids in encode(self.scorer.tokenizer, texts)]
 
     def _logits(self, texts: Sequence[str]) -> np.ndarray:
         if self.onnx is not None:

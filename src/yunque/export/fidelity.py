@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from yunque import runtime
+from yunque.data.encoding import encode
 from yunque.errors import InputError
 from yunque.export.source import Source
 from yunque.models.adapter import adapter_for
@@ -84,7 +85,7 @@ def write_texts(
         InputError: no prompt is left.
     """
     most = min(longest_prompt(source, new_tokens), max_tokens or 1 << 30)
-    encoded = [list(row) for row in source.tokenizer(list(prompts), verbose=False)["input_ids"]]
+    encoded = encode(source.tokenizer, prompts)
     rows = sorted((row for row in encoded if 0 < len(row) <= most), key=len)
     if not rows:
         raise InputError(

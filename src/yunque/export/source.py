@@ -23,7 +23,14 @@ from yunque.export.quantized import Precision
 from yunque.export.weights import WeightFile
 from yunque.models.adapter_folders import adapter_config, check_vocabulary, has_virtual_tokens, put_on, tokenizer_source
 from yunque.models.arguments import ModelArguments
-from yunque.models.loading import base_arguments, load_adapted_classifier, load_base_of, load_classifier, load_config
+from yunque.models.loading import (
+    base_arguments,
+    load_adapted_classifier,
+    load_base_of,
+    load_classifier,
+    load_config,
+    no_tokenizer,
+)
 from yunque.models.merging import merged
 from yunque.runtime.spec import Kind
 
@@ -182,7 +189,7 @@ def _load_tokenizer(name: str, args: ModelArguments) -> Any:
         revision = "main" if Path(where).exists() else base_arguments(args, adapter).model_revision
         return AutoTokenizer.from_pretrained(where, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model_name_or_path: cannot load a tokenizer from {where}: {error}") from error
+        raise no_tokenizer(where, error) from error
 
 
 def _merged(adapted: PeftModel) -> PreTrainedModel:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yunque.data.encoding import encode
 from yunque.errors import InputError
 from yunque.models.arguments import ModelArguments
 
@@ -88,8 +89,8 @@ def encode_texts(
     if max_length > tokenizer.model_max_length:
         raise InputError(f"max_length: {max_length} is more than the {tokenizer.model_max_length} the model reads")
     texts = list(dataset["text"])
-    whole = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-    cut = tokenizer(texts, return_attention_mask=False, truncation=True, max_length=max_length)["input_ids"]
+    whole = encode(tokenizer, texts)
+    cut = encode(tokenizer, texts, truncation=True, max_length=max_length)
     lost = [len(full) - len(kept) for full, kept in zip(whole, cut, strict=True) if len(full) > len(kept)]
     report = f"texts: {len(texts):,}, cut to {max_length} tokens: {len(lost):,} ({sum(lost):,} tokens lost)"
     return datasets.Dataset.from_dict({"input_ids": cut, "labels": list(dataset["label"])}), report
@@ -122,8 +123,8 @@ def encode_pairs(
     cut = 0
     for answer in ("chosen", "rejected"):
         texts = pair_texts(dataset, answer, reward_text)
-        whole = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-        kept = tokenizer(texts, return_attention_mask=False, truncation=True, max_length=max_length)["input_ids"]
+        whole = encode(tokenizer, texts)
+        kept = encode(tokenizer, texts, truncation=True, max_length=max_length)
         cut += sum(len(full) > len(part) for full, part in zip(whole, kept, strict=True))
         columns[f"{answer}_ids"] = kept
     alike = sum(first == second for first, second in zip(*columns.values(), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -94,7 +95,7 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
             name, revision=_revision(args, name), trust_remote_code=args.trust_remote_code
         )
     except _MODEL_ERRORS as error:
-        raise _unloadable("model_name_or_path", name, "tokenizer", error) from error
+        raise no_tokenizer(name, error) from error
     if args.pad_token is not None:
         if args.pad_token not in tokenizer.get_vocab():
             raise InputError(f"pad_token: {args.pad_token!r} is not in the vocabulary of {name}")
@@ -104,6 +105,17 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
         hint = f", for example --pad_token '{known[0]}'" if known else ""
         raise InputError(f"model_name_or_path: the tokenizer of {name} has no pad token; name one{hint}")
     return tokenizer
+
+
+def no_tokenizer(name: str, error: Exception) -> InputError:
+    """Why ``name`` gave no tokenizer, where ``error`` of a folder with SentencePiece's file alone would not say it."""
+    folder = Path(name)
+    pieces = [path.name for path in folder.glob("*.model")] if folder.is_dir() else []
+    if pieces and not (folder / "tokenizer.json").is_file() and importlib.util.find_spec("sentencepiece") is None:
+        return InputError(
+            f"model_name_or_path: {name} has {pieces[0]} but no tokenizer.json; pip install sentencepiece to read it"
+        )
+    return _unloadable("model_name_or_path", name, "tokenizer", error)
 
 
 @read_checked

@@ -10,6 +10,7 @@ import datasets
 import torch
 from torch import Tensor
 
+from yunque.data.encoding import encode
 from yunque.data.targets import encode_answers
 from yunque.errors import InputError
 from yunque.models.adapter import ModelAdapter, ScoringBatch
@@ -73,11 +74,11 @@ def _encode(rows: datasets.Dataset, tokenizer: Any, adapter: ModelAdapter) -> li
     """Token ids of prompts, chosen and rejected answers."""
     texts = {name: list(rows[name]) for name in ("prompt", "chosen", "rejected")}
     eos_ids = adapter.eos_ids
-    prompts = tokenizer(texts["prompt"], verbose=False)["input_ids"]
+    prompts = encode(tokenizer, texts["prompt"])
     if adapter.config.is_encoder_decoder:
         return [prompts, *(encode_answers(texts[name], tokenizer, eos_ids) for name in ("chosen", "rejected"))]
     wholes = [
-        tokenizer([a + b for a, b in zip(texts["prompt"], texts[name], strict=True)], verbose=False)["input_ids"]
+        encode(tokenizer, [a + b for a, b in zip(texts["prompt"], texts[name], strict=True)])
         for name in ("chosen", "rejected")
     ]
     encoded: list[list[list[int]]] = [[], [], []]

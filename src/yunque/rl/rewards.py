@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from yunque.data.encoding import encode
 from yunque.errors import InputError
 from yunque.models.adapter import ModelAdapter, pad, readable_positions
 from yunque.models.decoding import length_batches
@@ -102,12 +103,11 @@ class ClassifierScorer:
     @torch.no_grad()
     def logits(self, texts: Sequence[str]) -> np.ndarray:
         """Class logits in float32, shape (texts, classes), in the order of ``texts``."""
-        # a rank may have no texts, and the tokenizer takes no empty list
-        encoded = self.tokenizer(list(texts), verbose=False)["input_ids"] if len(texts) else []
+        encoded = encode(self.tokenizer, texts)
         for row, ids in enumerate(encoded):
             if len(ids) > self.max_length:
                 self.truncated_texts += 1
-                encoded[row] = self.tokenizer(texts[row], truncation=True, max_length=self.max_length)["input_ids"]
+                encoded[row] = encode(self.tokenizer, [texts[row]], truncation=True, max_length=self.max_length)[0]
         logits = np.zeros((len(texts), self.model.config.num_labels), dtype=np.float32)
         most_rows = 1 if self.pad_id is None else self.batch_size  # what cannot be padded is read alone
         for rows in length_batches(encoded, self.device, most_rows=most_rows):

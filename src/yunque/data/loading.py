@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import gzip
 import hashlib
-import io
 import json
 import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,8 @@ import numpy as np
 
 from yunque.artifacts import sha256_file
 from yunque.data.arguments import DataArguments, SourceArguments
-from yunque.data.tables import read_table
+from yunque.data.chat import ASSISTANT, conversation_row, is_conversation, read_messages
+from yunque.data.tables import parse_csv, parse_json, read_table
 from yunque.errors import InputError, is_disk_full
 
 TEXT_FORMATS = (".jsonl", ".json", ".csv")
@@ -218,9 +217,9 @@ def read_file(path: Path, name: str, split: str) -> RawSplit:
     except OSError as error:
         raise InputError(f"{where} cannot be read: {error.strerror or error}") from error
     if path.name.removesuffix(".gz").endswith(".csv"):
-        columns, rows = _parse_csv(text, where)
+        columns, rows = parse_csv(text, where)
     else:
-        columns, rows = _parse_json(text, where)
+        columns, rows = parse_json(text, where)
     if not rows:
         raise InputError(f"{where} has no rows")
     return RawSplit(name, split, columns, rows, hashlib.sha256(data).hexdigest())
@@ -285,9 +284,11 @@ def sample_rows(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str,
 
 
 def _summary_rows(args: DataArguments, keep_columns: bool, raw: RawSplit) -> list[dict[str, Any]]:
+    groups = group_columns(args, raw)
+    if (column := _conversation_column(args, raw)) is not None:
+        return _conversation_rows(args, keep_columns, raw, column, groups)
     require_column(raw, args.text_column, "text_column")
     targets = require_column(raw, args.target_column, "target_column", numbered=True)
-    groups = group_columns(args, raw)
     id_column = next((column for column in ("id", "fname") if column in raw.columns), None)
     rows = []
     for number, row in enumerate(raw.rows):
@@ -301,6 +302,41 @@ def _summary_rows(args: DataArguments, keep_columns: bool, raw: RawSplit) -> lis
         kept: dict[str, Any] = {"id": identity or str(number), "text": text, "references": references}
         for column in groups:
             kept["group"] = text_of(row.get(column), f"group_column: '{column}'") or ""
+        if keep_columns:
+            kept[ROW] = row_as_json(raw, row)
+        rows.append(kept)
+    return rows
+
+
+def _conversation_column(args: DataArguments, raw: RawSplit) -> str | None:
+    """The column of conversations: text_column, or where it is missing one that is usually called so."""
+    names = [args.text_column] if args.text_column in raw.columns else ["messages", "conversations", "prompt"]
+    return next((name for name in names if any(is_conversation(row.get(name)) for row in raw.rows[:100])), None)
+
+
+def _conversation_rows(
+    args: DataArguments, keep_columns: bool, raw: RawSplit, column: str, groups: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Rows of conversations: the last answer's turns are the reference, those before them the prompt."""
+    targets = [name for name in (args.target_column, "completion") if name in raw.columns and name != column]
+    rows = []
+    for number, row in enumerate(raw.rows):
+        where = f"text_column: '{column}', row {number + 1} of split '{raw.split}' of '{raw.name}'"
+        if not is_conversation(row.get(column)):
+            continue
+        prompt, train_all = read_messages(row[column], where), not targets
+        answer: list[dict[str, Any]] = []
+        if not targets:
+            prompt, answer = prompt[:-1], prompt[-1:]
+        elif is_conversation(target := row.get(targets[0])):
+            answer = read_messages(target, where)
+        elif (text := text_of(target, f"target_column: '{targets[0]}'")) is not None:
+            answer = [{"role": ASSISTANT, "content": text}]
+        if not answer or not prompt or answer[-1]["role"] != ASSISTANT:
+            raise InputError(f"{where}: does not end with an answer of the assistant to a message before it")
+        kept = {"id": str(row.get("id") or number), **conversation_row(prompt, answer, train_all=train_all)}
+        for name in groups:
+            kept["group"] = text_of(row.get(name), f"group_column: '{name}'") or ""
         if keep_columns:
             kept[ROW] = row_as_json(raw, row)
         rows.append(kept)
@@ -436,56 +472,3 @@ def _from_hub(name: str, split: str, rows: Iterable[Mapping[str, Any]]) -> RawSp
     for row in table:
         digest.update(json.dumps(row, default=str, sort_keys=True).encode() + b"\n")
     return RawSplit(name, split, list(table[0]), table, digest.hexdigest())
-
-
-def _parse_json(text: str, where: str) -> tuple[list[str], list[dict[str, Any]]]:
-    if text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not valid JSON: {error}") from error
-        numbered: Iterable[tuple[str, Any]] = ((f"item {number}", value) for number, value in enumerate(values, 1))
-    else:
-        numbered = _json_lines(text, where)
-    rows: list[dict[str, Any]] = []
-    columns: dict[str, None] = {}  # a set that keeps the order
-    for place, row in numbered:
-        if not isinstance(row, dict):
-            raise InputError(f"{where}, {place}: not a JSON object with columns as keys")
-        columns.update(dict.fromkeys(row))
-        rows.append(row)
-    return list(columns), rows
-
-
-def _json_lines(text: str, where: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: texts may hold U+2028 and its like
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}, line {number}: not valid JSON: {error}") from error
-
-
-def _parse_csv(text: str, where: str) -> tuple[list[str], list[dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long document
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    columns: list[str] = []
-    rows: list[dict[str, Any]] = []
-    try:
-        for cells in reader:
-            if not cells:
-                continue
-            if not columns:
-                columns = cells
-                if len(set(columns)) < len(columns):
-                    raise InputError(f"{where}: the header names a column twice: {', '.join(columns)}")
-            elif len(cells) != len(columns):
-                raise InputError(
-                    f"{where}, line {reader.line_num}: {len(cells)} values, but the header has {len(columns)} columns"
-                )
-            else:
-                rows.append(dict(zip(columns, cells, strict=True)))
-    except csv.Error as error:
-        raise InputError(f"{where}, line {reader.line_num}: not valid CSV: {error}") from error
-    return columns, rows

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yunque.data import chat
+from yunque.data.chat import MESSAGES
 from yunque.data.encoding import encode
 from yunque.errors import InputError
 from yunque.models.arguments import ModelArguments
@@ -96,11 +98,19 @@ def encode_texts(
     return datasets.Dataset.from_dict({"input_ids": cut, "labels": list(dataset["label"])}), report
 
 
-def pair_texts(dataset: datasets.Dataset, answer: str, reward_text: str) -> list[str]:
-    """What a reward model reads of each pair: prompt and its ``answer`` ("chosen" or "rejected"), or the answer."""
+def pair_texts(
+    dataset: datasets.Dataset, answer: str, reward_text: str, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[str]:
+    """What a reward model reads of each pair: prompt and its ``answer`` ("chosen" or "rejected"), or the answer.
+
+    Messages are read by the chat template of ``tokenizer``, if it has one.
+    """
     answers = list(dataset[answer])
     if reward_text == "response":
         return answers
+    if MESSAGES in dataset.column_names and tokenizer is not None and tokenizer.chat_template:
+        pairs = [chat.pair_texts(tokenizer, row) for row in dataset[MESSAGES]]
+        return [pair["prompt"] + pair[answer] for pair in pairs]
     return [prompt + text for prompt, text in zip(dataset["prompt"], answers, strict=True)]
 
 
@@ -122,7 +132,7 @@ def encode_pairs(
     columns: dict[str, Any] = {}
     cut = 0
     for answer in ("chosen", "rejected"):
-        texts = pair_texts(dataset, answer, reward_text)
+        texts = pair_texts(dataset, answer, reward_text, tokenizer)
         whole = encode(tokenizer, texts)
         kept = encode(tokenizer, texts, truncation=True, max_length=max_length)
         cut += sum(len(full) > len(part) for full, part in zip(whole, kept, strict=True))

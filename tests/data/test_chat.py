@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from trl.data_utils import apply_chat_template, extract_prompt
 
 from yunque.data.arguments import DataArguments, PreferenceArguments, TemplateArguments
-from yunque.data.chat import MESSAGES, chat_frame, encode_conversation, pair_texts
+from yunque.data.chat import MESSAGES, chat_frame, encode_conversation, pair_texts, prompt_text
+from yunque.data.held_out import load_held_out
 from yunque.data.instructions import load_instructions
 from yunque.data.loading import load_splits
 from yunque.data.mixtures import Encoding, Task, prepare_task
@@ -157,6 +158,16 @@ def test_prompts_of_messages_are_the_template_s(tmp_path):
     short = DataArguments(dataset_name=name, test_size=0.4, max_prompt_length=3)
     with pytest.raises(InputError, match="max_prompt_length: no conversation has at most 3 tokens"):
         prepare_prompts(load_splits(args, 0).train, tokens, short)
+
+
+def test_held_out_conversations_keep_their_last_answer_as_reference(tmp_path):
+    rows = [{"messages": CHAT}, {"messages": CHAT[:4]}]
+    args = DataArguments(dataset_name=written(tmp_path, rows))
+    found = load_held_out(args, split=None, max_rows=None, id_column=None)
+    assert (found.texts, found.references, found.notes[:1]) == (["w7", "w7"], [["w30"], []], [])
+    tokens = tokenizer(PLAIN)
+    expected = tokens.apply_chat_template(CHAT[:4], tokenize=False, add_generation_prompt=True)
+    assert [prompt_text(tokens, row) for row in found.messages] == [expected] * 2
 
 
 @pytest.mark.parametrize("explicit", [True, False])

@@ -66,7 +66,7 @@ def conversation_row(prompt: Sequence[Message], answer: Sequence[Message], *, tr
     questions = [content_of(message) for message in prompt if message["role"] != ASSISTANT]
     return {
         "text": questions[-1] if questions else "",
-        "references": [content_of(answer[-1])],
+        "references": [content_of(message) for message in answer[-1:]],
         MESSAGES: json.dumps({"prompt": prompt, "answer": answer, "all": train_all}),
     }
 

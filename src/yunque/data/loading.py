@@ -285,7 +285,7 @@ def sample_rows(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str,
 
 def _summary_rows(args: DataArguments, keep_columns: bool, raw: RawSplit) -> list[dict[str, Any]]:
     groups = group_columns(args, raw)
-    if (column := _conversation_column(args, raw)) is not None:
+    if (column := conversation_column(args, raw)) is not None:
         return _conversation_rows(args, keep_columns, raw, column, groups)
     require_column(raw, args.text_column, "text_column")
     targets = require_column(raw, args.target_column, "target_column", numbered=True)
@@ -308,8 +308,8 @@ def _summary_rows(args: DataArguments, keep_columns: bool, raw: RawSplit) -> lis
     return rows
 
 
-def _conversation_column(args: DataArguments, raw: RawSplit) -> str | None:
-    """The column of conversations: text_column, or where it is missing one that is usually called so."""
+def conversation_column(args: DataArguments, raw: RawSplit) -> str | None:
+    """Return the column of conversations, if any: text_column or, where that is missing, one of the usual names."""
     names = [args.text_column] if args.text_column in raw.columns else ["messages", "conversations", "prompt"]
     return next((name for name in names if any(is_conversation(row.get(name)) for row in raw.rows[:100])), None)
 

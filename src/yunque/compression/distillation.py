@@ -25,7 +25,7 @@ from yunque.data.targets import IGNORED, AnswerCollator
 from yunque.distributed.trainers import LengthGrouping
 from yunque.errors import InputError
 from yunque.models.adapter import ModelAdapter
-from yunque.models.policy import eval_mode
+from yunque.models.copying import eval_mode
 
 PARTS = ("soft", "hard", "hidden", "alignment")
 

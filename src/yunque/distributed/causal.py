@@ -12,8 +12,7 @@ from trl import SFTTrainer
 
 from yunque.distributed.trainers import LengthGrouping
 from yunque.errors import InputError
-from yunque.models.copying import whole_partitions
-from yunque.models.policy import eval_mode
+from yunque.models.copying import eval_mode, whole_partitions
 
 PREPARED: dict[str, Any] = {
     "dataset_kwargs": {"skip_prepare_dataset": True},

@@ -18,7 +18,8 @@ from transformers import TrainingArguments
 from yunque.distributed.resumable import ResumableTrainer
 from yunque.distributed.trainers import LengthGroupedSampler
 from yunque.models.adapter import ModelAdapter
-from yunque.models.policy import Policy, Reference, disable_dropout, eval_mode, score_tokens
+from yunque.models.copying import eval_mode
+from yunque.models.policy import Policy, Reference, disable_dropout, score_tokens
 from yunque.models.preference_losses import Objective, PairLosses, PairScores
 from yunque.models.preference_pairs import REFERENCE, PairCollator, answer_tokens, scoring_batch
 

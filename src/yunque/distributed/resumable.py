@@ -16,7 +16,7 @@ from yunque.distributed.gathering import buffers_left_whole
 from yunque.distributed.identity import check_same_run, check_steps
 from yunque.distributed.zero import forget_forward_passes
 from yunque.models import start_check
-from yunque.models.policy import eval_mode
+from yunque.models.copying import eval_mode
 
 
 class ResumableTrainer(Trainer):

@@ -91,6 +91,17 @@ def tied_by_whole_weights() -> Iterator[None]:
         PreTrainedModel.tie_weights = tie  # type: ignore[method-assign]
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time of the context, then the mode that was before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def _copied(module: M, memo: dict[int, Any]) -> M:
     for part in module.modules():
         memo |= {id(value): value for value in vars(part).values() if isinstance(value, DeviceMesh)}

@@ -223,17 +223,6 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the time of the context, then the mode that was before."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0, in layers and in the attributes that functional dropout reads.
 

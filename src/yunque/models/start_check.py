@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from yunque.errors import CheckFailed
-from yunque.models.copying import read_whole, whole_partitions
+from yunque.models.copying import eval_mode, read_whole, whole_partitions
 from yunque.models.placement import is_split_while_read
 
 M = TypeVar("M")
@@ -107,7 +107,7 @@ def check_start(
 
 
 def _measured(model: Any) -> PlainStart:
-    with torch.no_grad(), _without_virtual_tokens(model), _eval_mode(model):
+    with torch.no_grad(), _without_virtual_tokens(model), eval_mode(model):
         logits = model(**_prompt(model, model.device)).logits.float().cpu()
     return PlainStart(logits, {name: _sample(weight) for name, weight in _weights(model)})
 
@@ -185,13 +185,3 @@ def _without_virtual_tokens(model: Any) -> Iterator[None]:
     virtual = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     with model.disable_adapter() if virtual else nullcontext():
         yield
-
-
-@contextmanager
-def _eval_mode(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

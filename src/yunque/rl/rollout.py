@@ -18,10 +18,10 @@ from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 from yunque.errors import InputError
 from yunque.models.adapter import ModelAdapter
 from yunque.models.arguments import GenerationArguments
-from yunque.models.copying import whole_partitions
+from yunque.models.copying import eval_mode, whole_partitions
 from yunque.models.decoders import decoder_for
 from yunque.models.merging import merged_adapters
-from yunque.models.policy import ValueHead, eval_mode, score_tokens
+from yunque.models.policy import ValueHead, score_tokens
 
 _CHECK_EVERY_TOKENS = 8
 """Between two looks at which sequences have ended: each look waits for the device."""

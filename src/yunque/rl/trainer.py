@@ -27,8 +27,9 @@ from yunque.distributed.zero import forget_forward_passes
 from yunque.errors import CheckFailed, InputError
 from yunque.models import start_check
 from yunque.models.adapter import ScoringBatch, TokenIds, pad
+from yunque.models.copying import eval_mode
 from yunque.models.encodings import QueryEncodings
-from yunque.models.policy import Policy, Reference, TokenScores, disable_dropout, eval_mode
+from yunque.models.policy import Policy, Reference, TokenScores, disable_dropout
 from yunque.rl.advantages import Rewards, estimate_advantages, token_rewards
 from yunque.rl.config import PPOConfig
 from yunque.rl.kl import AdaptiveKLController, FixedKLController, KLController, full_kl, kl_per_token

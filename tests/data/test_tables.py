@@ -26,6 +26,12 @@ def save_parts(rows, folder):
     rows.select(range(8, 12)).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
 
 
+def save_split_folders(rows, folder):
+    for split, part in (("train", rows.select(range(8))), ("validation", rows.select(range(8, 12)))):
+        (folder / split).mkdir(parents=True)
+        part.to_parquet(folder / split / "0000.parquet")
+
+
 def save_parquet(rows, folder):
     folder.mkdir()
     rows.to_parquet(folder / "train.parquet")
@@ -38,7 +44,14 @@ def save_arrow(rows, folder):
 
 @pytest.mark.parametrize(
     ("save", "held_out"),
-    [(save_dataset, 3), (save_dataset_dict, 4), (save_parts, 4), (save_parquet, 3), (save_arrow, 3)],
+    [
+        (save_dataset, 3),
+        (save_dataset_dict, 4),
+        (save_parts, 4),
+        (save_split_folders, 4),
+        (save_parquet, 3),
+        (save_arrow, 3),
+    ],
 )
 def test_tables_are_read_as_texts_are(save, held_out, tmp_path):
     save(datasets.Dataset.from_list(ROWS), tmp_path / "data")

@@ -47,6 +47,7 @@ class DistillationTrainer(LengthGrouping):
     """
 
     loss_is_scaled_for_ga = True
+    model: Any
 
     def __init__(
         self,
@@ -73,7 +74,6 @@ class DistillationTrainer(LengthGrouping):
         self.aligned = self.teacher if aligned is None else frozen(aligned).to(self.args.device)
         if losses.hidden_weight:
             _check_widths(student, teacher)
-        self._sums: Tensor | None = None
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
         """Batches of one optimizer step, with their answer tokens counted over all ranks."""
@@ -109,8 +109,8 @@ class DistillationTrainer(LengthGrouping):
         super().log(logs, start_time)
 
     def _turn_is_the_student_s(self) -> bool:
-        """Drawn by seed and step, so that all ranks and a resumed run agree."""
-        if not self.losses.on_policy_share:
+        """Drawn by seed and step, so that all ranks and a resumed run agree; never in an evaluation."""
+        if not self.losses.on_policy_share or not self.model.training:
             return False
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
         return bool(torch.rand((), generator=generator) < self.losses.on_policy_share)

@@ -402,6 +402,10 @@ def _open_folder(name: str, folder: Path) -> dict[str, Reader]:
         files = _files_of_splits(name, folder)
         if not files and (folder / "data").is_dir():  # how repositories of the hub look
             files = _files_of_splits(name, folder / "data")
+        if not files:  # a folder for each split
+            inner = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
+            files = {split: sorted(filter(_split_name, path.iterdir())) for split, path in inner.items()}
+            files = {split: paths for split, paths in files.items() if paths}
     except OSError as error:
         raise InputError(f"dataset_name: folder '{name}' cannot be read: {error.strerror}") from error
     if not files:

@@ -28,6 +28,8 @@ class ContinuationTrainer(LengthGrouping, SFTTrainer):
     Its loss is divided by the labels of all ranks and accumulated batches, and takes no logits of a whole batch.
     """
 
+    eval_metrics = ("loss", "mean_token_accuracy", "entropy")
+
     def __init__(self, *, model: Any, **options: Any) -> None:
         head = model.get_output_embeddings()
         if isinstance(model, PeftModel) and isinstance(head, BaseTunerLayer):

@@ -56,10 +56,30 @@ class SupervisedArguments(RunArguments):
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes of a rank that collate batches."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between lines of the log."})
     save_steps: int = field(default=200, metadata={"help": "Steps between checkpoints."})
+    eval_strategy: Literal["no", "steps", "epoch"] | None = field(
+        default=None,
+        metadata={"help": "When eval_loss is measured while training; steps where eval_steps is given, else no."},
+    )
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "Steps between evaluations; logging_steps if eval_strategy alone is given."}
+    )
+    eval_size: float = field(
+        default=0.1, metadata={"help": "Share of the train rows held out for these evaluations; never test rows."}
+    )
+    load_best_model_at_end: bool = field(
+        default=False, metadata={"help": "Keep each best checkpoint, and end with the weights of the best one."}
+    )
+    metric_for_best_model: str | None = field(
+        default=None, metadata={"help": "What best goes by: loss (default), or another eval_ value of the log."}
+    )
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Whether more of it is better; by default unless its name ends with loss."}
+    )
 
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
+        self._check_evaluations()
         for name in (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
@@ -79,6 +99,19 @@ class SupervisedArguments(RunArguments):
             raise InputError(f"learning_rate: {self.learning_rate} is not positive")
         if not 0 <= self.label_smoothing_factor < 1:
             raise InputError(f"label_smoothing_factor: {self.label_smoothing_factor} is not a share in [0, 1)")
+
+    def _check_evaluations(self) -> None:
+        if self.eval_strategy is None:
+            self.eval_strategy = "no" if self.eval_steps is None else "steps"
+        if self.eval_steps is not None and self.eval_steps < 1:
+            raise InputError(f"eval_steps: {self.eval_steps} is too small; give 1 or more")
+        if self.eval_steps is not None and self.eval_strategy != "steps":
+            raise InputError(f"eval_steps: eval_strategy is {self.eval_strategy}; leave one of them out")
+        if not 0 < self.eval_size < 1:
+            raise InputError(f"eval_size: {self.eval_size} is not a share in (0, 1)")
+        for name in ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"):
+            if getattr(self, name) not in (None, False) and self.eval_strategy == "no":
+                raise InputError(f"{name}: nothing is evaluated while training; add eval_steps or eval_strategy epoch")
 
 
 def trainer_arguments(
@@ -171,6 +204,7 @@ def fit(
 
     folder = Path(args.output_dir)
     trainer.group_by_length = args.train_sampling_strategy == "group_by_length"
+    _plan_evaluations(trainer, args)
     trainer.identity = _identity(trainer, args, config)
     trainer.checkpoints = Checkpoints(
         folder / CHECKPOINTS, trainer.accelerator, keep=args.save_total_limit, asynchronous=args.async_save
@@ -204,7 +238,61 @@ def fit(
         "train_wall_s": time.perf_counter() - wall_s,
         "train_cpu_s": time.process_time() - cpu_s,
     }
+    if args.load_best_model_at_end:
+        metrics |= trainer.load_best()
     return metrics, start.result
+
+
+def _plan_evaluations(trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments) -> None:
+    """Hold rows out and say when to evaluate on them; the Trainer is told of no epochs, which it ends after saving.
+
+    Raises:
+        InputError: another metric than the trainer's, too few rows.
+    """
+    if args.eval_strategy == "no":
+        return
+    from transformers.trainer_utils import IntervalStrategy
+
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in trainer.eval_metrics:
+        raise InputError(f"metric_for_best_model: there is no '{metric}'; choose of {', '.join(trainer.eval_metrics)}")
+    rows, held_out = split_off(trainer.train_dataset, args.eval_size, args.seed)
+    trainer.train_dataset, trainer.eval_dataset = rows, held_out
+    options = trainer.args
+    options.eval_strategy = IntervalStrategy.STEPS
+    options.eval_steps = args.eval_steps or args.logging_steps
+    if args.eval_strategy == "epoch":
+        _, ranks = data_ranks(trainer.accelerator.process_index, trainer.accelerator.num_processes)
+        batches = math.ceil(len(rows) / (args.per_device_train_batch_size * ranks))
+        options.eval_steps = math.ceil(batches / args.gradient_accumulation_steps)
+    options.metric_for_best_model = f"eval_{metric}"
+    better = args.greater_is_better
+    options.greater_is_better = not metric.endswith("loss") if better is None else better
+    trainer.keep_best = args.load_best_model_at_end
+
+
+def split_off(rows: Any, share: float, seed: int) -> tuple[Any, Any]:
+    """Hold ``share`` of ``rows`` out, drawn by ``seed``; rows of one prompt, or equal ones, stay together.
+
+    Raises:
+        InputError: nothing would be left to train on.
+    """
+    import numpy as np
+
+    columns = [name for name in ("prompt_ids", "input_ids", "chosen_ids") if name in rows.column_names]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, ids in enumerate(rows[columns[0]]):
+        groups.setdefault(tuple(ids), []).append(number)
+    members = list(groups.values())
+    held: set[int] = set()
+    for group in np.random.default_rng(seed).permutation(len(members))[:-1].tolist():
+        if len(held) >= share * len(rows):
+            break
+        held.update(members[group])
+    if not held:
+        raise InputError(f"eval_size: {len(rows)} rows of one prompt cannot be split; leave the evaluations out")
+    kept = [number for number in range(len(rows)) if number not in held]
+    return rows.select(kept, keep_in_memory=True), rows.select(sorted(held), keep_in_memory=True)
 
 
 def _measured(trainer: LengthGrouping | PreferenceTrainer, before: Callable[[], Any] | None) -> Any:

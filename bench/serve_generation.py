@@ -45,7 +45,7 @@ NEEDED = "t5/optimum-onnx-fp32-3files"  # what optimum's int8 files are made fro
 BFLOAT16 = ("openvino-fp32-auto", "transformers-bf16")
 
 Generate = Callable[[Any, int], Any]
-run = partial(subprocess.run, check=True, stdout=sys.stderr)
+run = partial(subprocess.run, check=True, stdout=2)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def main() -> None:
         trainer.train_dataset = answers.relabel(prepared.train, trainer.teacher, tokenizer, num_beams=beams)
 
     # ---- train ----
-    metrics, _ = fit(trainer, args)
+    metrics, _ = fit(trainer, args, config)
 
     # ---- evaluate ----
     held_out = HeldOut(

@@ -39,8 +39,8 @@ def main() -> None:
 
     from yunque.export.quantizing import quantize, summary
     from yunque.export.source import float_model
+    from yunque.models.adapter_folders import adapter_config
     from yunque.models.embedded import EMBEDDED, ensure_embedded, use_embedded
-    from yunque.models.loading import adapter_config
 
     use_embedded((args, "model_name_or_path"))
     for name in ("calibration_dataset", "parity_dataset"):

@@ -43,7 +43,7 @@ def main() -> None:
 
     from yunque.artifacts import LOG, check_output_dir, prepare_output_dir, save_model_folder
     from yunque.distributed.checkpoint import StopSignal
-    from yunque.models.loading import adapter_config
+    from yunque.models.adapter_folders import adapter_config
     from yunque.rl.constitution import read_constitution
     from yunque.rl.critique import ConstitutionalData, load_prompts, write_rows
     from yunque.rl.generators import open_models

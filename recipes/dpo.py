@@ -40,7 +40,8 @@ def main() -> None:
     from yunque.distributed.supervised import claim_output_dir, fit, remove_checkpoints, trainer_arguments
     from yunque.metrics.preferences import change_line, preference_metrics, reward_metrics
     from yunque.models.adapter import adapter_for
-    from yunque.models.loading import adapter_config, load_model, load_tokenizer, save_model, trainable_parameters
+    from yunque.models.adapter_folders import adapter_config
+    from yunque.models.loading import load_model, load_tokenizer, save_model, trainable_parameters
     from yunque.models.preference_losses import DPO
     from yunque.models.preference_pairs import encode_pairs
 
@@ -94,7 +95,7 @@ def main() -> None:
         return trainer.log_probabilities(test_rows).tolist()
 
     # ---- train ----
-    metrics, start = fit(trainer, args, measure)
+    metrics, start = fit(trainer, args, config, measure)
     before = np.array(start)
 
     # ---- evaluate ----

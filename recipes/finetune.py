@@ -65,7 +65,7 @@ def main() -> None:
         name = "merge_adapter" if model_args.merge_adapter else "packing"
         raise InputError(f"{name}: virtual tokens stand before every single prompt; leave {name} out")
 
-    from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments
+    from transformers import Seq2SeqTrainingArguments
 
     from yunque.artifacts import save_model_folder
     from yunque.data.mixtures import (
@@ -77,7 +77,7 @@ def main() -> None:
         prompt_template_of,
         tasks_of,
     )
-    from yunque.data.targets import pack
+    from yunque.data.targets import AnswerCollator, pack
     from yunque.distributed.held_out import HeldOut, HeldOutScores, answer_rows, change, show_change
     from yunque.distributed.saving import gathered_weights
     from yunque.distributed.start import split_while_loading, start_run
@@ -126,6 +126,9 @@ def main() -> None:
     if len(tasks) > 1:
         console.print(f"mixture: {len(train_rows):,} train rows of {', '.join(task.name for task in tasks)}")
     if target_args.packing:
+        from yunque.distributed.causal import check_packing
+
+        check_packing(model)
         train_rows, packed = pack(train_rows, target_args.packing_length)
         console.print(packed)
 
@@ -137,7 +140,7 @@ def main() -> None:
             model=model,
             args=arguments,
             train_dataset=train_rows,
-            data_collator=DataCollatorForSeq2Seq(tokenizer, model),  # pads labels with -100, which the loss skips
+            data_collator=AnswerCollator(tokenizer, model),
             compute_loss_func=label_loss(args.label_smoothing_factor),
             processing_class=tokenizer,
         )
@@ -162,7 +165,10 @@ def main() -> None:
 
     # ---- train ----
     metrics, start = fit(
-        trainer, args, lambda: {task.name: held_out.scores(trainer.model, task.test).to_json() for task in watched}
+        trainer,
+        args,
+        config,
+        lambda: {task.name: held_out.scores(trainer.model, task.test).to_json() for task in watched},
     )
     before = {name: HeldOutScores.from_json(scores) for name, scores in start.items()}
 

@@ -57,8 +57,9 @@ def main() -> None:
     from yunque.evaluation.before_after import TOXICITY, compare
     from yunque.evaluation.by_group import compare_groups, group_table
     from yunque.models.adapter import adapter_for
+    from yunque.models.adapter_folders import adapter_config
     from yunque.models.embedded import use_embedded
-    from yunque.models.loading import adapter_config, load_model, load_tokenizer, trainable_parameters
+    from yunque.models.loading import load_model, load_tokenizer, trainable_parameters
     from yunque.models.policy import Policy, Reference
     from yunque.rl.guards import Guards
     from yunque.rl.loop import Prompts, TrainingLoop
@@ -83,7 +84,11 @@ def main() -> None:
 
     # ---- data and groups ----
     by_length = data_args.group_column == LENGTH_BAND
-    data = load_splits(replace(data_args, group_column=None) if by_length else data_args, run_args.seed)
+    data = load_splits(
+        replace(data_args, group_column=None) if by_length else data_args,
+        run_args.seed,
+        keep_columns=bool(reward_args.reward_funcs),
+    )
     console.print(str(data))
     train, test = (
         prepare_prompts(
@@ -97,8 +102,8 @@ def main() -> None:
     )
     console.print(f"train {train.report}\ntest {test.report}")
     train_groups, test_groups = make_groups(train.dataset, test.dataset, data_args.group_column, group_args.max_groups)
-    prompts = Prompts(train.dataset["input_ids"], train.dataset["query"], train_groups)
-    held_out_prompts = Prompts(test.dataset["input_ids"], test.dataset["query"], test_groups)
+    prompts = Prompts.of(train.dataset, train_groups)
+    held_out_prompts = Prompts.of(test.dataset, test_groups)
 
     # ---- trainer ----
     prompts_per_step = grpo.batch_size // grpo.num_generations

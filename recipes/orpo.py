@@ -82,7 +82,7 @@ def main() -> None:
     )
 
     # ---- train ----
-    metrics, start = fit(trainer, args, lambda: trainer.log_probabilities(test_rows, per_token=True).tolist())
+    metrics, start = fit(trainer, args, config, lambda: trainer.log_probabilities(test_rows, per_token=True).tolist())
     before = np.array(start)
 
     # ---- evaluate ----

@@ -50,8 +50,9 @@ def main() -> None:
     from yunque.evaluation.answers import HeldOut
     from yunque.evaluation.before_after import compare
     from yunque.models.adapter import adapter_for
+    from yunque.models.adapter_folders import adapter_config
     from yunque.models.embedded import use_embedded
-    from yunque.models.loading import adapter_config, load_model, load_tokenizer, trainable_parameters
+    from yunque.models.loading import load_model, load_tokenizer, trainable_parameters
     from yunque.models.policy import Policy, Reference
     from yunque.rl.guards import Guards
     from yunque.rl.loop import Prompts, TrainingLoop
@@ -75,7 +76,7 @@ def main() -> None:
     reward = load_toxicity_reward(reward_args, adapter, accelerator.device)
 
     # ---- data ----
-    data = load_splits(data_args, run_args.seed)
+    data = load_splits(data_args, run_args.seed, keep_columns=bool(reward_args.reward_funcs))
     console.print(str(data))
     train, test = (
         prepare_prompts(
@@ -88,7 +89,7 @@ def main() -> None:
         for split in (data.train, data.test)
     )
     console.print(f"train {train.report}\ntest {test.report}")
-    prompts, held_out_prompts = (Prompts(split.dataset["input_ids"], split.dataset["query"]) for split in (train, test))
+    prompts, held_out_prompts = (Prompts.of(split.dataset) for split in (train, test))
 
     # ---- trainer ----
     prompts_per_step = ppo.batch_size // ppo.num_generations

@@ -76,7 +76,8 @@ def main() -> None:
     from yunque.evaluation.before_after import SENTIMENT, compare
     from yunque.evaluation.policies import check_same_prompts, compare_policies, read_former_run
     from yunque.models.adapter import adapter_for
-    from yunque.models.loading import adapter_config, load_model, load_tokenizer, trainable_parameters
+    from yunque.models.adapter_folders import adapter_config
+    from yunque.models.loading import load_model, load_tokenizer, trainable_parameters
     from yunque.models.policy import Policy, Reference
     from yunque.rl.guards import Guards
     from yunque.rl.loop import Prompts, TrainingLoop
@@ -121,7 +122,7 @@ def main() -> None:
         raise InputError("reward_model_name_or_path: sentiment is measured by it; give a classifier with labels")
 
     # ---- data ----
-    data = load_texts(data_args, run_args.seed)
+    data = load_texts(data_args, run_args.seed, keep_columns=bool(reward_args.reward_funcs))
     console.print(str(data))
     train, test = (
         prepare_openings(
@@ -130,7 +131,7 @@ def main() -> None:
         for split, seed in ((data.train, run_args.seed), (data.test, 0))  # runs of all seeds meet the same test prompts
     )
     console.print(f"train {train}\ntest {test}")
-    prompts, held_out_prompts = (Prompts(split.dataset["input_ids"], split.dataset["query"]) for split in (train, test))
+    prompts, held_out_prompts = (Prompts.of(split.dataset) for split in (train, test))
     if former is not None:
         check_same_prompts(former, held_out_prompts.texts, "compare_with")
 

@@ -181,7 +181,7 @@ def main() -> None:
         )
 
     # ---- train ----
-    metrics: dict[str, Any] = fit(trainer, args)[0]
+    metrics: dict[str, Any] = fit(trainer, args, config)[0]
 
     # ---- evaluate ----
     kinds = ("accuracy", "longer_accuracy", "above_longer") if pairs else ("accuracy", "macro_f1")

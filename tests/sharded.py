@@ -14,8 +14,9 @@ from pathlib import Path
 import datasets
 import tiny
 import torch
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, set_seed
+from transformers import Seq2SeqTrainingArguments, set_seed
 
+from yunque.data.targets import AnswerCollator
 from yunque.distributed.accounting import Meter
 from yunque.distributed.layouts import data_ranks
 from yunque.distributed.saving import gathered_weights
@@ -27,6 +28,7 @@ from yunque.models.loading import load_model, load_tokenizer, save_model
 STEPS = 3
 ROWS = 16
 GLOBAL_BATCH = 4
+LEARNING_RATE = float(os.environ.get("LEARNING_RATE", "1e-2"))
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
 METHODS = {"full": {}, "lora": LORA, "qlora": LORA | {"load_in_4bit": True}, "prompt": {}, "adapter": {}}
 
@@ -51,7 +53,7 @@ def trainer_of(model, tokenizer, args):
 
         return AnswerTrainer(
             model=model, args=trainer_arguments(args, Seq2SeqTrainingArguments), train_dataset=train_rows,
-            data_collator=DataCollatorForSeq2Seq(tokenizer, model), compute_loss_func=label_loss(0.0),
+            data_collator=AnswerCollator(tokenizer, model), compute_loss_func=label_loss(0.0),
             processing_class=tokenizer,
         )  # fmt: skip
     from trl import SFTConfig
@@ -66,8 +68,8 @@ def train(cell, folder, results, ranks):
     """Losses and norms of gradients of a few steps; the trained model in a folder."""
     name, method = cell.split("-")
     args = SupervisedArguments(
-        output_dir=str(results / f"run-{cell}"), max_steps=STEPS, logging_steps=1, learning_rate=1e-2, save_steps=100,
-        per_device_train_batch_size=GLOBAL_BATCH // ranks, report_to=[],
+        output_dir=str(results / f"run-{cell}"), max_steps=STEPS, logging_steps=1, learning_rate=LEARNING_RATE,
+        save_steps=100, per_device_train_batch_size=GLOBAL_BATCH // ranks, report_to=[],
     )  # fmt: skip
     model_args = ModelArguments(model_name_or_path=str(folder / name), **METHODS[method])
     prompt = PromptTuningArguments(prompt_tuning_tokens=4 if method == "prompt" else None)
@@ -78,7 +80,7 @@ def train(cell, folder, results, ranks):
     model = load_model(model_args, tokenizer, prompt)
     claim_output_dir(args)  # as recipes do: no rank writes before all have looked
     trainer = trainer_of(model, tokenizer, args)
-    fit(trainer, args)
+    fit(trainer, args, {})
     weights = gathered_weights(trainer.accelerator, model, trainer.model_wrapped)
     if trainer.is_world_process_zero():
         save_model(model, tokenizer, results / cell, weights=weights)

@@ -203,7 +203,7 @@ BAD_FILES = {
     "no text": ("d.jsonl", b'{"dialogue": ["a"], "summary": "b"}\n', "text_column: 'dialogue' holds a list"),
     "all empty": ("d.jsonl", b'{"dialogue": "", "summary": "b"}\n' * 3, "none of the 3 rows"),
     "one row": ("d.jsonl", b'{"dialogue": "a", "summary": "b"}\n', "one row cannot be split"),
-    "format": ("d.txt", b"text", "is not a .jsonl, .json, .csv file"),
+    "format": ("d.txt", b"text", "is not a .jsonl, .json, .csv, .parquet, .arrow file"),
 }
 
 

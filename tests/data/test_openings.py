@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from yunque.data.arguments import OpeningArguments
 from yunque.data.openings import continuation_decoder, load_texts, prepare_openings
 from yunque.errors import InputError
+from yunque.rl.loop import Prompts
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
@@ -133,3 +134,16 @@ def test_continuation_keeps_the_space_before_its_first_word(stories):
     assert stories.decode(ids[3:]) == "movie was great. é€ "  # what a plain decoding makes of it
     assert decode([]) == ""
     assert decode([*ids[3:6], stories.eos_token_id]) == decode(ids[3:6])
+
+
+def test_the_file_s_own_columns_stay_with_the_prompts_for_reward_functions(t5_like, tmp_path):
+    (tmp_path / "reviews.jsonl").write_text(
+        "".join(f'{{"text": "{name} one two three", "stars": {n}}}\n' for n, name in enumerate(NUMBERS))
+    )
+    options = arguments(dataset_name=str(tmp_path / "reviews.jsonl"), prompt_tokens_low=2, prompt_tokens_high=2)
+    data = load_texts(options, 0, keep_columns=True)
+    prompts = Prompts.of(prepare_openings(data.train, t5_like, options, seed=0).dataset)
+    assert len(prompts.texts) == len(prompts.columns["stars"]) > 5
+    for query, stars in zip(prompts.texts, prompts.columns["stars"], strict=True):
+        assert query.startswith(NUMBERS[stars])
+    assert not Prompts.of(prepare_openings(load_texts(options, 0).train, t5_like, options, seed=0).dataset).columns

@@ -65,7 +65,11 @@ def test_only_equal_pairs_are_refused(write_jsonl):
     [
         ({"prompt": "p", "chosen": "c"}, {}, "rejected_column: no column 'rejected'.* prompt, chosen"),
         ({"prompt": "p", "rejected": "c"}, {}, "chosen_column: no column 'chosen'"),
-        (PAIR | {"chosen": [{"role": "user"}]}, {}, "chosen_column: row 1 of split 'train'.* holds a list, not text"),
+        (
+            PAIR | {"chosen": [{"role": "user"}]},
+            {},
+            "rejected_column: row 1 .* 'chosen' holds messages",
+        ),
         (PAIR, {"margin_column": "gap"}, "margin_column: no column 'gap'"),
         (PAIR | {"gap": -1}, {"margin_column": "gap"}, "margin -1 is below 0; swap chosen and rejected"),
         (PAIR | {"gap": None}, {"margin_column": "gap"}, "margin_column: row 1 .*None is no number"),

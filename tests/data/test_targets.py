@@ -1,9 +1,11 @@
 import datasets
 import pytest
 import tiny
+import torch
 from tokenizers import processors
+from transformers import M2M100Config, M2M100ForConditionalGeneration
 
-from yunque.data.targets import encode_answers, encode_targets
+from yunque.data.targets import AnswerCollator, encode_answers, encode_targets
 
 
 def encoded(max_target_length):
@@ -49,3 +51,28 @@ def test_every_answer_has_one_end_token(template, eos_ids, whole, cut):
 
 def test_an_answer_that_ends_itself_gets_no_second_end():
     assert encode_answers(["w3 </s>", "w3 w9"], tiny.tokenizer(), [1, 9]) == [[3, 1], [3, 9]]
+
+
+def tiny_m2m():
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    ids = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
+    return M2M100ForConditionalGeneration(M2M100Config(**ids, **sizes, **heads)).eval()
+
+
+@pytest.mark.parametrize("build", [tiny.t5, tiny.bart, tiny_m2m])
+def test_a_decoder_reads_what_the_model_s_own_loss_lets_it_read(build):
+    model = build()
+    batch = AnswerCollator(tiny.tokenizer(), model)(
+        [{"input_ids": [5, 6, 7], "labels": [8, 9, 1]}, {"input_ids": [5], "labels": [8, 1], "row": 3}]
+    )
+    assert batch["labels"].tolist() == [[8, 9, 1], [8, 1, -100]]
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        own = model(**{name: value for name, value in batch.items() if name != "decoder_input_ids"}, labels=labels)
+        torch.testing.assert_close(model(**batch).logits, own.logits)
+
+
+def test_a_decoder_only_model_gets_no_decoder_inputs():
+    batch = AnswerCollator(tiny.tokenizer(), tiny.llama())([{"input_ids": [5, 6], "labels": [-100, 6]}])
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}

@@ -15,21 +15,22 @@ from safetensors.torch import load_file
 
 from yunque.distributed.rehearse import TOLERANCE, largest_difference
 from yunque.models.arguments import ModelArguments, PromptTuningArguments
-from yunque.models.loading import load_model
+from yunque.models.loading import keep_head_untied, load_model
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 900
 MATRIX = ("t5-full", "t5-lora", "llama-full", "llama-lora")
 CELLS = {
     "ddp": (*MATRIX, "llama-qlora", "t5-prompt"),
-    "fsdp2": (*MATRIX, "llama-qlora", "t5-prompt", "gpt2-full"),
+    "fsdp2": (*MATRIX, "llama-qlora", "t5-prompt", "gpt2-full", "t5untied-full", "bart-full"),
     "zero2": MATRIX,
-    "zero3": (*MATRIX, "llama-prompt"),
+    "zero3": (*MATRIX, "llama-prompt", "t5untied-full", "bartuntied-lora"),
     "tp": ("llama-full", "trained-adapter"),
     "zero1": ("t5-full", "llama-lora", "llama-qlora"),
     "zero3_offload": ("t5-full",),
     "fsdp2_tp": ("llama-full",),
 }
+FAMILIES = ("t5", "t5untied", "bart", "bartuntied", "gpt2", "gpt2untied", "llama", "llamauntied")
 HYBRID = ("--use_fsdp", "--fsdp_version", "2", "--use_parallelism_config")
 HYBRID = (*HYBRID, "--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2")
 
@@ -54,9 +55,20 @@ ones; averaging instead of adding gradients, or leaving a rank's out, goes as fa
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    dropout = {"t5": {"dropout_rate": 0.0}, "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
-    for name in ("t5", "llama", "gpt2"):
-        tiny.FAMILIES[name](**dropout.get(name, {})).save_pretrained(folder / name)
+    dropout = {
+        "t5": {"dropout_rate": 0.0},
+        "bart": {"dropout": 0.0},
+        "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    }
+    for name in FAMILIES:
+        kind = name.removesuffix("untied")
+        options = dropout.get(kind, {}) | ({"tie_word_embeddings": name == kind} if kind != "t5" else {})
+        model = tiny.FAMILIES[kind](**options)
+        if name == "t5untied":
+            torch.manual_seed(0)
+            model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn_like(model.lm_head.weight))
+            keep_head_untied(model)
+        model.save_pretrained(folder / name)
     torch.manual_seed(0)
     trained = get_peft_model(
         load_model(ModelArguments(model_name_or_path=str(folder / "llama")), tiny.tokenizer()),
@@ -66,7 +78,7 @@ def models(tmp_path_factory):
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
     trained.save_pretrained(folder / "trained")
-    for name in ("t5", "llama", "gpt2", "trained"):
+    for name in (*FAMILIES, "trained"):
         tiny.tokenizer().save_pretrained(folder / name)
     return folder
 
@@ -75,13 +87,13 @@ def models(tmp_path_factory):
 def launched(models, tmp_path_factory):
     """Run cells under a profile: launched("fsdp2", 2, cells, *options of the launcher)."""
 
-    def launch(profile, ranks, cells, *options):
+    def launch(profile, ranks, cells, *options, **variables):
         results = tmp_path_factory.mktemp(profile)
         command = ["-m", "yunque.distributed.launch", "--config_file", f"launch/{profile}.yaml", *options]
         command += ["--num_processes", str(ranks), "--main_process_port", "0"]
         command += ["-m", "yunque.distributed.rehearsal", "tests/sharded.py", str(models), str(results), *cells]
         process = subprocess.run(
-            [warm.python(), *command], cwd=ROOT, env=warm.environment(ROOT / "tests"),
+            [warm.python(), *command], cwd=ROOT, env=warm.environment(ROOT / "tests", **variables),
             capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
         )  # fmt: skip
         assert process.returncode == 0, process.stderr[-4000:]
@@ -102,6 +114,11 @@ def weights_of(folder):
     return {name: weight.float() for name, weight in load_file(folder / name).items()}
 
 
+def says_tied(folder):
+    path = folder / "config.json"  # an adapter has none
+    return path.is_file() and json.loads(path.read_text())["tie_word_embeddings"]
+
+
 def distance(weights, others):
     return sum((weights[name] - others[name]).square().sum() for name in others).sqrt()
 
@@ -119,6 +136,7 @@ def assert_as_one(two, one_rank, models, cells):
         assert {name: weight.shape for name, weight in weights.items()} == {
             name: weight.shape for name, weight in wanted.items()
         }
+        assert says_tied(results / cell) == says_tied(expected_results / cell)
         if cell.endswith("-full"):
             start = weights_of(models / cell.split("-")[0])
             assert distance(weights, wanted) < WEIGHT_TOLERANCE * distance(start, wanted), cell
@@ -152,6 +170,39 @@ def test_hybrid_shards_train_as_one(launched, one_rank, models):
     two = launched("fsdp2", 4, ("t5-full",), *HYBRID)
     assert_as_one(two, one_rank, models, ("t5-full",))
     assert held(two[1][0]["t5-full"]) <= SHARE * held(one_rank[1]["t5-full"])  # split over two of the four
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("profile", [*CELLS])
+def test_every_family_starts_and_ends_as_itself(profile, method, launched, models, embedded):
+    """Every run checks its own start; a learning rate of nothing leaves the saved model what was read."""
+    names = [*FAMILIES, "embedded"]
+    stories = ROOT.parent / "shared" / "models" / "stories260K"
+    for name, folder in (("embedded", embedded.policy), ("stories260K", stories)):
+        if folder.is_dir() and not (models / name).exists():
+            (models / name).symlink_to(folder)
+    if profile in ("tp", "fsdp2_tp"):
+        names = [name for name in names if name.startswith("llama")]
+    names += ["stories260K"] if stories.is_dir() else []
+    cells, ranks = [f"{name}-{method}" for name in names], 4 if profile == "fsdp2_tp" else 2
+    results, _ = launched(profile, ranks, cells, LEARNING_RATE="1e-12")
+    for name in names:
+        assert start_logits(results / f"{name}-{method}") == pytest.approx(start_logits(models / name), abs=0.1), name
+        if method == "full":
+            assert says_tied(results / f"{name}-full") == says_tied(models / name), name
+
+
+def start_logits(folder):
+    """Some logits of a model as one plain process reads it, less their mean and of size 1."""
+    model = load_model(ModelArguments(model_name_or_path=str(folder)), tiny.tokenizer()).eval()
+    inputs = {"input_ids": torch.tensor([[3, 4, 5, 6, 7, 8]])}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.tensor([[0, 9, 10, 11]])
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1]
+    return ((logits - logits.mean()) / logits.std()).tolist()
 
 
 def held(record):

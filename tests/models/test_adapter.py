@@ -1,6 +1,7 @@
 import pytest
 import tiny
 import torch
+import transformers
 
 from yunque.errors import InputError
 from yunque.models.adapter import DecoderOnly, EncoderDecoder, adapter_for
@@ -162,3 +163,72 @@ def test_a_model_without_end_token_is_refused():
     model = tiny.gpt2(eos_token_id=None)
     with pytest.raises(InputError, match="end-of-sequence"):
         adapter_for(model, tiny.tokenizer(eos_token=None))
+
+
+# --- families that differ in heads, caches and positions ---
+
+IDS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+START = {"decoder_start_token_id": 0}
+OTHERS = {
+    "mt5": (
+        "MT5",
+        {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, **START},
+    ),
+    "led": (
+        "LED",
+        {
+            **{"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
+            **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "attention_window": 8},
+            **{"max_encoder_position_embeddings": 60, "max_decoder_position_embeddings": 24},
+            "decoder_start_token_id": 1,
+        },
+    ),
+    "opt350": (
+        "OPT",
+        {
+            **{"hidden_size": 16, "word_embed_proj_dim": 8, "do_layer_norm_before": False, "ffn_dim": 32},
+            **{"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 40},
+        },
+    ),
+    "mamba": ("Mamba", {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}),
+    "bloom": ("Bloom", {"hidden_size": 16, "n_layer": 2, "n_head": 2}),
+    "mpt": ("Mpt", {"d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 40}),
+}
+LIMITS = {"mt5": 128, "led": 56, "opt350": 34, "mpt": 34}
+
+
+def other(name):
+    kind, options = OTHERS[name]
+    config = getattr(transformers, f"{kind}Config")(vocab_size=tiny.VOCABULARY, **options, **IDS)
+    seq2seq = config.is_encoder_decoder
+    auto = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+    return tiny._build(auto, config, {})
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_sampling_and_scoring_agree_for_families_without_a_decoder_of_their_own(name):
+    model, tokenizer = other(name), tiny.tokenizer(model_max_length=128)
+    policy = Policy(model, adapter_for(model, tokenizer)).eval()
+    options = GenerationArguments(max_new_tokens=6)
+    sampled = generate(
+        model, policy.adapter, QUERIES, options, seed=0, samples=[0, 1, 2], device=CPU, value_head=policy.v_head
+    )
+    scores = policy(policy.adapter.scoring_batch(QUERIES, [response.tokens for response in sampled], CPU))
+    for row, response in enumerate(sampled):
+        length = len(response.tokens)
+        torch.testing.assert_close(scores.logprobs_BR[row, :length], torch.tensor(response.logprobs))
+        torch.testing.assert_close(scores.values_BR[row, :length], torch.tensor(response.values))
+
+
+@pytest.mark.parametrize(("name", "limit"), LIMITS.items())
+def test_the_longest_prompt_is_what_the_position_tables_hold(name, limit):
+    model = other(name)
+    adapter = adapter_for(model, tiny.tokenizer(model_max_length=128))
+    assert adapter.prompt_limit(6) == limit
+    adapter.score(model, adapter.scoring_batch([[5] * limit], [[6] * 6], CPU))
+
+
+def test_responses_beyond_the_decoder_positions_are_refused_though_the_encoder_has_more():
+    adapter = adapter_for(other("led"), tiny.tokenizer(model_max_length=128))
+    with pytest.raises(InputError, match=r"max_new_tokens: .* 24 positions of led"):
+        adapter.prompt_limit(25)

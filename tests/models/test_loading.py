@@ -126,7 +126,7 @@ def test_a_tokenizer_of_another_model_is_refused(t5_folder):
 
 
 def test_lora_targets_that_match_nothing_list_what_there_is(t5_folder):
-    with pytest.raises(InputError, match=r"lora_target_modules: .*nope.* it has k, lm_head, o, q, v"):
+    with pytest.raises(InputError, match=r"lora_target_modules: .*nope.* give some of k, lm_head, o, q, v"):
         load(t5_folder, use_peft=True, lora_target_modules=["nope"])
 
 

@@ -50,10 +50,11 @@ def test_config_is_accepted_and_every_value_arrives(config, monkeypatch):
     recipe = recipe_of(config)
     monkeypatch.setattr(arguments, "parse", parse)
     monkeypatch.setattr(sys, "argv", [str(recipe), "--config", str(config)])
-    # a recipe imports it once its arguments are checked
-    monkeypatch.setitem(sys.modules, "yunque.models.loading", None)
+    # a recipe imports them once its arguments are checked
+    for module in ("loading", "adapter_folders"):
+        monkeypatch.setitem(sys.modules, f"yunque.models.{module}", None)
     main = runpy.run_path(str(recipe))["main"]
-    with pytest.raises(ImportError, match=r"yunque\.models\.loading"):
+    with pytest.raises(ImportError, match=r"yunque\.models\.(loading|adapter_folders)"):
         main()
     wanted = yaml.safe_load(config.read_text(encoding="utf-8"))
     assert {name: parsed[name] for name in wanted} == wanted

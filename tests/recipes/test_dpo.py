@@ -174,6 +174,16 @@ def test_a_trained_adapter_s_reference_survives_a_resume(
     assert_same_run(resumed, called("dpo", options | {"output_dir": tmp_path / "undisturbed"}))
 
 
+def test_a_resumed_run_keeps_its_objective(call_recipe, dpo_options, tmp_path, monkeypatch):
+    options = dpo_options(output_dir=tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceTrainer, "compute_loss", pairs.signalled_at(6, PreferenceTrainer.compute_loss))
+        assert call_recipe("dpo", options).returncode == 75
+    for changed in ({"beta": 0.9}, {"loss_type": "hinge"}, {"max_prompt_length": 9}, {"max_steps": 2}):
+        process = call_recipe("dpo", options | changed | {"resume": True})
+        assert_refused(process, f"{next(iter(changed))}: the checkpoint in", "--overwrite_output_dir")
+
+
 def assert_same_run(one, other):
     assert one.losses == other.losses
     assert one.rows("margins.jsonl") == other.rows("margins.jsonl")

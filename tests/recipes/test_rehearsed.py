@@ -1,4 +1,4 @@
-"""Recipes rehearsed under sharded profiles: one rank's losses, half of its bytes, a model folder that loads."""
+"""Recipes rehearsed under sharded profiles: a plain process's losses, half of its bytes, a model folder that loads."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from yunque.distributed.rehearse import Rehearsal, rehearse
 from yunque.models.arguments import ModelArguments
 from yunque.models.loading import load_classifier, load_model, load_tokenizer
 
-SHARE = 0.55
-"""Of one rank's bytes that each of two may hold: a half, and what does not divide."""
+SHARE = {"fsdp2": 0.55, "zero3": 0.65}
+"""Of a plain process's bytes that each of two ranks may hold: a half, and what does not divide.
+
+ZeRO keeps weights in 16 bits beside float32 ones: 14 bytes a parameter, where a plain process has 12.
+"""
 
 OUTPUT_TOLERANCE = 0.1
 """Distance of logits from those of the model that one rank trained, relative to their size: both computed in bfloat16,
@@ -90,7 +93,7 @@ def test_a_sharded_run_ends_in_one_rank_s_model(profile, family, nodes, rehearse
     assert report.equal, report.largest_difference
     assert len(report.losses) == 3
     for record in report.per_rank:
-        assert held(record) <= SHARE * held(report.one_rank)
+        assert held(record) <= SHARE[profile] * held(report.plain)
         assert record["activation_peak_bytes"] > 0
         assert record["communication_bytes"]["reduce_scatter"] > 0
     one = options | {"output_dir": tmp_path / "one", "per_device_train_batch_size": 4, "mixed_precision": "bf16"}
@@ -132,7 +135,7 @@ def test_a_student_answers_and_learns_while_it_is_in_pieces(profile, family, reh
     report = rehearsed(profile, "compress/distill", options)
     assert report.largest_difference < OWN_ANSWERS, report.losses
     assert len(report.losses) == 4
-    assert all(held(record) <= SHARE * held(report.one_rank) for record in report.per_rank)
+    assert all(held(record) <= SHARE[profile] * held(report.plain) for record in report.per_rank)
     assert verify(tmp_path / "out") == []
 
 

@@ -48,7 +48,7 @@ class By:
     def __init__(self, function, watch=None):
         self.function, self.watch = function, watch
 
-    def scores(self, queries, responses, num_tokens):
+    def scores(self, queries, responses, num_tokens, columns=None):
         total = self.function(queries, responses)
         return RewardScores(total, {"words": total}, watch=self.watch and self.watch(queries, responses))
 
@@ -62,7 +62,7 @@ class During:
     def __init__(self, call, happens):
         self.calls, self.call, self.happens = 0, call, happens
 
-    def scores(self, queries, responses, num_tokens):
+    def scores(self, queries, responses, num_tokens, columns=None):
         self.calls += 1
         if self.calls == self.call:
             self.happens()

@@ -48,6 +48,22 @@ def nothing(queries, responses):
 
 def table(queries, responses):
     return torch.ones(2, 2)
+
+def trl(completions, summary, **kwargs):
+    assert kwargs["prompts"] == kwargs["queries"] and kwargs["text"]
+    return [float(answer == wanted) for answer, wanted in zip(completions, summary)]
+
+def keyword(*, prompts, completions, strict=True):
+    return [len(prompt) - len(answer) for prompt, answer in zip(prompts, completions)]
+
+def by_place(a, b):
+    return [0.0, 0.0]
+
+def positional(responses, /):
+    return [0.0, 0.0]
+
+async def later(responses):
+    return [0.0, 0.0]
 """
 module_numbers = itertools.count()
 
@@ -124,6 +140,30 @@ def test_a_function_that_fails_is_named_in_one_line(module, name, message):
     with pytest.raises(InputError, match=f"^reward_funcs: {module}:{name} {message.format(module=module)}") as caught:
         score(QUERIES, RESPONSES)
     assert "\n" not in str(caught.value)
+
+
+def test_arguments_are_bound_by_name(module):
+    columns = {"summary": ["w6", "w9"], "text": ["w3", "w5"]}
+    assert FunctionScore(f"{module}:trl")(QUERIES, RESPONSES, columns).tolist() == [1.0, 0.0]
+    assert FunctionScore(f"{module}:keyword")(QUERIES, RESPONSES, columns).tolist() == [3.0, -3.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("by_place", r"takes \(a, b\); arguments go by name"),
+        ("positional", "arguments go by name"),
+        ("later", "is async"),
+    ],
+)
+def test_other_signatures_are_refused(module, name, message):
+    with pytest.raises(InputError, match=f"^reward_funcs: {module}:{name} .*{message}"):
+        FunctionScore(f"{module}:{name}")
+
+
+def test_a_column_that_is_not_there_is_named(module):
+    with pytest.raises(InputError, match=r"takes 'summary', which is neither .* \(text\)"):
+        FunctionScore(f"{module}:trl")(QUERIES, RESPONSES, {"text": ["w3", "w5"]})
 
 
 @pytest.mark.parametrize("source", ["rewards:f", "my.rewards:Class.f"])

@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 
 from yunque.errors import InputError
 from yunque.models.adapter import adapter_for
 from yunque.rl.config import RewardArguments
-from yunque.rl.rewards import ClassifierReward, ClassifierScorer, LabelScore, WeightedReward, softmax
+from yunque.rl.rewards import ClassifierReward, ClassifierScorer, LabelScore, WeightedReward, label_probabilities
 
 CPU = torch.device("cpu")
 TEXTS = ["w3 w9 w14", "w20", "w5 w6 w7 w8 w11 w12", "w22 w4", "w10 w13 w19 w21 w3", "w20", "unknown w7"]
@@ -118,7 +119,9 @@ def test_a_decoder_only_response_continues_its_query_without_a_space_put_between
 
 def test_softmax_of_large_logits_does_not_overflow():
     # e^0 and e^-1000 beside it; two equal logits
-    np.testing.assert_array_equal(softmax(np.array([[1000.0, 0.0], [800.0, 800.0]])), [[1.0, 0.0], [0.5, 0.5]])
+    np.testing.assert_array_equal(
+        label_probabilities(np.array([[1000.0, 0.0], [800.0, 800.0]]), multi_label=False), [[1.0, 0.0], [0.5, 0.5]]
+    )
 
 
 # --- one output, no labels ---
@@ -138,7 +141,7 @@ def test_a_reward_model_of_one_output_scores_by_it_and_measures_no_toxicity():
 # --- several rewards ---
 
 
-def length_in_words(queries, responses):
+def length_in_words(queries, responses, columns=None):
     return np.array([float(len(response.split())) for response in responses])
 
 
@@ -223,3 +226,30 @@ def test_options_that_cannot_mean_anything_are_refused_by_name(options, message)
 def test_weights_are_one_each_unless_given():
     assert RewardArguments(reward_model_name_or_path="m", reward_funcs=["m:f", "n"]).weights == [1.0, 1.0, 1.0]
     assert RewardArguments(reward_funcs=["m:f", "n"], reward_weights=[0.0, 2.0]).weights == [0.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "kind", ["Roberta", "Camembert", "XLMRobertaXL", "RobertaPreLayerNorm", "MPNet", "Longformer", "Bert"]
+)
+@pytest.mark.parametrize("padded", [True, False])
+def test_long_texts_are_cut_to_the_position_table_with_and_without_a_padding_token(kind, padded):
+    config = getattr(transformers, f"{kind}Config")(
+        **{"vocab_size": tiny.VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"intermediate_size": 32, "max_position_embeddings": 24, "pad_token_id": 0, "num_labels": 2},
+    )
+    model, tokenizer = transformers.AutoModelForSequenceClassification.from_config(config), tiny.tokenizer()
+    if not padded:
+        model.config.pad_token_id = tokenizer.pad_token = None
+    scorer = ClassifierScorer(model, tokenizer, batch_size=4, device=CPU)
+    texts = ["w3", "w4 " * 100, "w5 w6"]
+    together = scorer.logits(texts)
+    assert scorer.truncated_texts == 1
+    for text, logits in zip(texts, together, strict=True):
+        np.testing.assert_allclose(scorer.logits([text])[0], logits, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_that_do_not_exclude_each_other_have_probabilities_of_their_own():
+    scorer = scorer_of(problem_type="multi_label_classification")
+    logits = np.array([[4.0, 4.0]], dtype=np.float32)
+    np.testing.assert_allclose(scorer.probabilities(logits), 1 / (1 + np.exp(-logits)), rtol=1e-6)
+    np.testing.assert_allclose(scorer_of().probabilities(logits), [[0.5, 0.5]])

@@ -2,7 +2,6 @@ import json
 
 import pytest
 
-from yunque.errors import InputError
 from yunque.serving.chat import ChatFormat, ChatRefused, read_chat_format
 from yunque.serving.schemas import Message
 
@@ -52,7 +51,7 @@ def test_plain_form():
 
 
 def test_choice_of_the_form(tmp_path):
-    assert read_chat_format(folder(tmp_path, None), "auto").template is None
+    assert read_chat_format(folder(tmp_path, None), "auto") == ChatFormat()
     assert read_chat_format(folder(tmp_path, None), "off") is None
     assert read_chat_format(folder(tmp_path, TEMPLATE), "plain").template is None
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ messages[0].content }}"}]
@@ -75,6 +74,9 @@ def test_a_template_may_refuse_but_do_no_harm(tmp_path, template):
         read_chat_format(folder(tmp_path, template), "auto").render(messages(("user", "x")))
 
 
-def test_a_broken_template_is_said_at_the_start(tmp_path):
-    with pytest.raises(InputError, match="chat template is not valid"):
-        read_chat_format(folder(tmp_path, "{% for %}"), "auto")
+@pytest.mark.parametrize(
+    ("template", "reason"), [("{% for %}", "is not valid"), ("{{ bos_token }}Answer:", "leaves out what a user says")]
+)
+def test_a_broken_template_costs_chats_and_not_the_server(tmp_path, template, reason):
+    assert reason in read_chat_format(folder(tmp_path, template), "auto").broken
+    assert read_chat_format(folder(tmp_path, template), "plain").broken is None

@@ -3,9 +3,10 @@
 import random
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
 
-from yunque.runtime.tokenizer import cleaned_up
+from yunque.runtime.tokenizer import Tokenizer, cleaned_up
 from yunque.serving.text import Detokenizer, TextWriter
 
 WORDS = ["hello", " world", " naïve", " 你好", "🙂", "\n", " it's", " ", "  ", "é", " don", "'t", ".", " ."]
@@ -14,21 +15,31 @@ WORDS = ["hello", " world", " naïve", " 你好", "🙂", "\n", " it's", " ", " 
 class Decoding:
     """The runtime's tokenizer over one made in code; counts the tokens it decodes."""
 
-    def __init__(self, inner, *, cleans_up=False):
-        self.inner = inner
-        self.cleans_up = cleans_up
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.cleans_up = tokenizer.cleans_up
+        self.is_special, self.open_tokens = tokenizer.is_special, tokenizer.open_tokens
         self.decoded = 0
 
     def decode_raw(self, tokens):
         self.decoded += len(tokens)
-        return self.inner.decode(list(tokens), skip_special_tokens=True)
+        return self.tokenizer.decode_raw(tokens)
+
+
+@pytest.fixture
+def decoding(tmp_path):
+    def made(inner):
+        inner.save(str(tmp_path / "tokenizer.json"))
+        return Decoding(Tokenizer(tmp_path))
+
+    return made
 
 
 def byte_level():
     """Every byte a token, and some words."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: number for number, character in enumerate(alphabet)}
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner = FastTokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(["</s>"])
@@ -39,7 +50,7 @@ def sentencepiece():
     """Letters with word marks, and bytes for what is none."""
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
     pieces += [chr(number) for number in range(33, 127)]
-    inner = Tokenizer(
+    inner = FastTokenizer(
         models.BPE(
             vocab={piece: number for number, piece in enumerate(pieces)}, merges=[], unk_token="<unk>",
             byte_fallback=True,
@@ -53,46 +64,41 @@ def sentencepiece():
     return inner
 
 
-@pytest.mark.parametrize("make", [byte_level, sentencepiece])
-def test_parts_are_the_whole(make):
-    inner, rng = make(), random.Random(0)
-    end = inner.token_to_id("</s>")
-    for _ in range(60):
-        tokens = inner.encode("".join(rng.choice(WORDS) for _ in range(rng.randrange(1, 30)))).ids
-        if rng.random() < 0.3:
-            tokens.insert(rng.randrange(len(tokens) + 1) if make is byte_level and len(tokens) == 1 else 0, end)
-        decoding = Decoding(inner)
-        detokenizer = Detokenizer(decoding)
-        parts = [detokenizer.add(token) for token in tokens]
-        assert "\ufffd" not in "".join(parts)
-        assert "".join(parts) + detokenizer.finish() == inner.decode(tokens)
-
-
-def test_a_character_in_the_making_is_held_back_and_shown_at_the_end():
+def test_a_character_in_the_making_is_held_back_and_shown_at_the_end(decoding):
     inner = byte_level()
     tokens = inner.encode("a🙂").ids
-    detokenizer = Detokenizer(Decoding(inner))
+    detokenizer = Detokenizer(decoding(inner))
     assert [detokenizer.add(token) for token in tokens] == ["a", "", "", "", "🙂"]
-    detokenizer = Detokenizer(Decoding(inner))
+    detokenizer = Detokenizer(decoding(inner))
     assert [detokenizer.add(token) for token in tokens[:-1]] == ["a", "", "", ""]
     assert detokenizer.finish() == inner.decode(tokens[:-1])[1:] != ""
 
 
+def test_bytes_of_whole_characters_are_shown_whatever_follows(decoding):
+    inner = sentencepiece()
+    tokens = [inner.token_to_id(f"<0x{byte:02X}>") for byte in "日本".encode()]
+    detokenizer = Detokenizer(decoding(inner))
+    assert [detokenizer.add(token) for token in tokens[:5]] == ["", "", "日", "", ""]
+    assert detokenizer.finish() == "\ufffd"
+
+
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])
-@pytest.mark.parametrize("kind", ["text", "broken bytes", "special tokens"])
-def test_every_token_costs_the_same(make, kind):
+@pytest.mark.parametrize("kind", ["text", "broken bytes", "special tokens", "spaces"])
+def test_every_token_costs_the_same(make, kind, decoding):
     inner = make()
     if kind == "text":
         tokens = inner.encode("hello 你好 world " * 60).ids
     elif kind == "broken bytes":
         tokens = [inner.token_to_id("<0xE4>") or inner.encode("你").ids[0]] * 600
+    elif kind == "spaces":
+        tokens = inner.encode(" " * 600).ids
     else:
         tokens = inner.encode("hi").ids + [inner.token_to_id("</s>")] * 600
-    decoding = Decoding(inner)
-    detokenizer = Detokenizer(decoding)
-    for token in tokens:
-        detokenizer.add(token)
-    assert decoding.decoded < 40 * len(tokens)
+    counted = decoding(inner)
+    detokenizer = Detokenizer(counted)
+    shown = "".join(detokenizer.add(token) for token in tokens) + detokenizer.finish()
+    assert counted.decoded < 60 * len(tokens)
+    assert shown == counted.tokenizer.decode(tokens)
 
 
 class Characters:
@@ -102,6 +108,12 @@ class Characters:
 
     def decode_raw(self, tokens):
         return "".join(tokens)
+
+    def is_special(self, token):
+        return False
+
+    def open_tokens(self, tokens):
+        return 0
 
 
 def test_cleaned_parts_are_the_cleaned_whole():

@@ -21,13 +21,14 @@ def rehearse(
     ranks: Annotated[int, typer.Option(help="CPU processes, in all.")] = 2,
     nodes: Annotated[int, typer.Option(help="Launchers, which meet as nodes of a cluster do.")] = 1,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
-    no_compare: Annotated[bool, typer.Option("--no-compare", help="Do not run one rank to compare with.")] = False,
+    no_compare: Annotated[bool, typer.Option("--no-compare", help="Run no plain process to compare with.")] = False,
     port: Annotated[int, typer.Option(help="Port to meet at; a free one if it is taken or 0.")] = 0,
     launch: Annotated[str, typer.Option(help="Further options of accelerate launch, in quotes.")] = "",
 ) -> None:
-    """Run a script under a launch profile on CPU processes; say what each rank held and whether losses are one rank's.
+    """Run a script under a launch profile on CPU processes; say what each rank held and whether losses are right.
 
-    Both runs go without dropout, and the one rank takes the rows of all ranks into its batches.
+    They are compared with those of one plain process, without any engine, which takes the rows of all ranks into its
+    batches. Both runs go without dropout.
     """
     from yunque.distributed import rehearse as library
     from yunque.distributed.profiles import find_profile
@@ -38,4 +39,4 @@ def rehearse(
         as_json.write_text(report.to_json(), encoding="utf-8")
     print(report)
     if report.equal is False:
-        raise errors.CheckFailed(f"{wanted.profile.stem}: the losses differ from those of one rank")
+        raise errors.CheckFailed(f"{wanted.profile.stem}: {report.verdict()}")

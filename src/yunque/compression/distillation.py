@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from yunque.compression.arguments import DistillationArguments
 from yunque.compression.divergences import divergence
 from yunque.compression.students import Student
-from yunque.data.targets import IGNORED
+from yunque.data.targets import IGNORED, AnswerCollator
 from yunque.distributed.trainers import LengthGrouping
 from yunque.errors import InputError
 from yunque.models.adapter import ModelAdapter
-from yunque.models.policy import eval_mode
+from yunque.models.copying import eval_mode
 
 PARTS = ("soft", "hard", "hidden", "alignment")
 
@@ -47,6 +47,7 @@ class DistillationTrainer(LengthGrouping):
     """
 
     loss_is_scaled_for_ga = True
+    model: Any
 
     def __init__(
         self,
@@ -73,7 +74,6 @@ class DistillationTrainer(LengthGrouping):
         self.aligned = self.teacher if aligned is None else frozen(aligned).to(self.args.device)
         if losses.hidden_weight:
             _check_widths(student, teacher)
-        self._sums: Tensor | None = None
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
         """Batches of one optimizer step, with their answer tokens counted over all ranks."""
@@ -109,8 +109,8 @@ class DistillationTrainer(LengthGrouping):
         super().log(logs, start_time)
 
     def _turn_is_the_student_s(self) -> bool:
-        """Drawn by seed and step, so that all ranks and a resumed run agree."""
-        if not self.losses.on_policy_share:
+        """Drawn by seed and step, so that all ranks and a resumed run agree; never in an evaluation."""
+        if not self.losses.on_policy_share or not self.model.training:
             return False
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
         return bool(torch.rand((), generator=generator) < self.losses.on_policy_share)
@@ -188,8 +188,7 @@ def collator(tokenizer: Any, model: Any) -> Callable[[list[dict[str, Any]]], Any
     """Pads rows on the right, labels with -100, and gives an encoder-decoder model its decoder's inputs."""
     to_the_right = deepcopy(tokenizer)
     to_the_right.padding_side = "right"
-    collate = DataCollatorForSeq2Seq(to_the_right, model if model.config.is_encoder_decoder else None)
-    return lambda rows: collate([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+    return AnswerCollator(to_the_right, model)
 
 
 def frozen(model: Any) -> Any:

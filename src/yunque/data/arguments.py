@@ -23,7 +23,8 @@ class SourceArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id, folder with train/validation (or dev)/test files, or one file: .jsonl, .json, .csv, or .gz"
+            "help": "Hub id, folder of save_to_disk or with train/validation (or dev)/test files, or one file: .jsonl,"
+            " .json, .csv, their .gz, .parquet, .arrow"
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set"})

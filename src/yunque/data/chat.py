@@ -1,9 +1,12 @@
-"""The tokenizer's chat template as plain text around a prompt and its answer."""
+"""Conversations by the tokenizer's chat template: read, rendered, and which of their tokens an assistant says."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import datasets
 
@@ -13,15 +16,113 @@ from yunque.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MESSAGES = "messages"
+"""Column of prepared rows that holds a conversation as JSON: "prompt", "answer", and "all" where all turns train."""
+
+ASSISTANT = "assistant"
 _USER, _ASSISTANT = "«the user's words»", "«the assistant's words»"
+_ROLES = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT}  # ShareGPT's names
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Message = dict[str, Any]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def is_conversation(value: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
+    """Whether ``value`` is a list of messages: of "role" and "content", or ShareGPT's "from" and "value"."""
+    listed = isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(each, Mapping) for each in value)
+    return listed and not {"role", "from"}.isdisjoint(value[0])
+
+
+def read_messages(value: Sequence[Mapping[str, Any]], where: str) -> list[Message]:
+    """Messages of "role", "content" and whatever else they have that is not null.
+
+    Raises:
+        InputError: a message without a role or a content; ``where`` begins the line.
+    """
+    messages = []
+    for number, given in enumerate(value, 1):
+        message = {name: part for name, part in given.items() if part is not None}
+        if "from" in message and "role" not in message:
+            message["role"], message["content"] = message.pop("from"), message.pop("value", None)
+        role = _ROLES.get(message.get("role", ""), message.get("role"))
+        content = message.get("content")
+        if not isinstance(role, str) or not (isinstance(content, str | list) or "tool_calls" in message):
+            raise InputError(f"{where}: message {number} has no role or no content; give both")
+        messages.append({**message, "role": role})
+    return messages
+
+
+def content_of(message: Mapping[str, Any]) -> str:
+    """The text of a message, whose content may be a list of parts."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
+def conversation_row(prompt: Sequence[Message], answer: Sequence[Message], *, train_all: bool) -> dict[str, Any]:
+    """What a prepared row keeps of a conversation: its last question, the reference answer and all messages."""
+    questions = [content_of(message) for message in prompt if message["role"] != ASSISTANT]
+    return {
+        "text": questions[-1] if questions else "",
+        "references": [content_of(message) for message in answer[-1:]],
+        MESSAGES: json.dumps({"prompt": prompt, "answer": answer, "all": train_all}),
+    }
+
+
+# --- rendering --------------------------------------------------------------------------------------------------------
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, ask: bool) -> str:
+    """The conversation as text; with ``ask`` up to where the assistant's next answer begins.
+
+    Raises:
+        InputError: the tokenizer has no template, or one that does not take these messages.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("chat_template: the tokenizer has none; leave it out, or take an instruct model's tokenizer")
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
+    except Exception as error:  # whatever a Jinja template raises, such as "no system role"
+        raise InputError(f"chat_template: the tokenizer's template does not take the messages: {error}") from error
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, row: str) -> str:
+    """The prompt of a prepared row's conversation."""
+    return render(tokenizer, json.loads(row)["prompt"], ask=True)
+
+
+def pair_texts(tokenizer: PreTrainedTokenizerBase, row: str) -> dict[str, str]:
+    """Texts of "prompt", "chosen" and "rejected" of a prepared pair's conversations, as they follow each other."""
+    pair = json.loads(row)
+    prompt = render(tokenizer, pair["prompt"], ask=True)
+    texts = {}
+    for name in ("chosen", "rejected"):
+        whole = render(tokenizer, [*pair["prompt"], *pair[name]], ask=False)
+        if not whole.startswith(prompt):
+            raise InputError(_OTHER_ANSWERS)
+        texts[name] = whole.removeprefix(prompt)
+    return {"prompt": prompt, **texts}
+
+
+_OTHER_ANSWERS = (
+    "chat_template: this template writes something else before an answer than before a generated one, so that training"
+    " would not meet what the model is asked later; use prompt_templates"
+)
 
 
 @dataclass(frozen=True)
 class ChatFrame:
-    """What the template writes before the user's words, between them and the answer, and behind the answer."""
+    """What the template writes before the user's words, between them and the answer, and around the answer.
+
+    ``beginning`` is the space that Llama 2's, Mistral's and Vicuna's put before an answer but not before a generated
+    one: it is the answer's own.
+    """
 
     head: str
     tail: str
+    beginning: str
     ending: str
 
     def wrap(self, rows: datasets.Dataset, template: str) -> datasets.Dataset:
@@ -42,21 +143,65 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) ->
     Raises:
         InputError: the tokenizer has no template, or one that does not go on from its own prompt with the answer.
     """
-    if not tokenizer.chat_template:
-        raise InputError("chat_template: the tokenizer has none; leave it out, or take an instruct model's tokenizer")
     turns = [{"role": "system", "content": system_prompt}] if system_prompt else []
     turns.append({"role": "user", "content": _USER})
-    try:
-        prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        answer = {"role": "assistant", "content": _ASSISTANT}
-        whole = str(tokenizer.apply_chat_template([*turns, answer], tokenize=False))
-    except Exception as error:  # whatever a Jinja template raises, such as "no system role"
-        raise InputError(f"chat_template: the tokenizer's template fails: {error}") from error
+    prompt = render(tokenizer, turns, ask=True)
+    whole = render(tokenizer, [*turns, {"role": ASSISTANT, "content": _ASSISTANT}], ask=False)
     head, user, tail = prompt.partition(_USER)
-    between, assistant, ending = whole.removeprefix(head + user + tail).partition(_ASSISTANT)
-    if not user or not assistant or between or not whole.startswith(prompt):
-        raise InputError(
-            "chat_template: this template writes something else before an answer than before a generated one, so"
-            " that training would not meet what the model is asked later; use prompt_templates"
+    beginning, assistant, ending = whole.removeprefix(prompt).partition(_ASSISTANT)
+    if not user or not assistant or beginning.strip() or not whole.startswith(prompt):
+        raise InputError(_OTHER_ANSWERS)
+    return ChatFrame(head, tail, beginning, ending)
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, row: str) -> tuple[list[int], list[bool]]:
+    """Token ids of a prepared row's conversation, as ``apply_chat_template`` has them, and which of them train.
+
+    Those are the assistant's, ends of turns included: by the template's own marks (``{% generation %}``), or where the
+    renderings up to each answer and through it show it to stand.
+
+    Raises:
+        InputError: no template, no fast tokenizer, or an answer whose place cannot be shown.
+    """
+    chat = json.loads(row)
+    messages = [*chat["prompt"], *chat["answer"]]
+    whole = render(tokenizer, messages, ask=False)
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError("chat_template: messages need a fast tokenizer (tokenizer.json), which knows tokens' places")
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, places = list(encoded["input_ids"]), encoded["offset_mapping"]
+    since = 0 if chat["all"] else len(render(tokenizer, chat["prompt"], ask=False))
+    if _GENERATION.search(str(tokenizer.chat_template)):
+        marked: Any = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-    return ChatFrame(head, tail, ending)
+        spoken = [bool(mask) for mask in marked["assistant_masks"]]
+    else:
+        first = 0 if chat["all"] else len(chat["prompt"])
+        spans = _answers(tokenizer, messages, whole, first)
+        spoken = [any(start <= begin and end <= stop for start, stop in spans) for begin, end in places]
+    return ids, [said and begin >= since for said, (begin, _) in zip(spoken, places, strict=True)]
+
+
+def _answers(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], whole: str, first: int
+) -> list[tuple[int, int]]:
+    """Where in ``whole`` the assistant's answers stand, from message ``first`` on."""
+    spans: list[tuple[int, int]] = []
+    for number, message in enumerate(messages):
+        if message["role"] != ASSISTANT or number < first:
+            continue
+        before = render(tokenizer, messages[:number], ask=True) if number else ""
+        through = render(tokenizer, messages[: number + 1], ask=False)
+        if not whole.startswith(through):
+            raise InputError(
+                f"chat_template: the template writes answer {len(spans) + 1} otherwise when more turns follow, so that "
+                "its tokens cannot be told; use a template with {% generation %}, or one row for each answer"
+            )
+        if not through.startswith(before):
+            raise InputError(_OTHER_ANSWERS)
+        spans.append((len(before), len(through)))
+    return spans

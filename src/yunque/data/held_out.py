@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from yunque.data.arguments import DataArguments
-from yunque.data.loading import match_split, open_source, require_column, sample_rows, text_of
+from yunque.data.chat import ASSISTANT, MESSAGES, conversation_row, is_conversation, read_messages
+from yunque.data.loading import conversation_column, match_split, open_source, require_column, sample_rows, text_of
 from yunque.errors import InputError
 
 ID_COLUMNS = ("id", "fname")
@@ -26,6 +27,7 @@ class HeldOutRows:
     references: list[list[str]]
     source: dict[str, Any]
     notes: list[str]
+    messages: list[str] | None = None  # of rows that are conversations, as ``data.chat`` prepares them
 
 
 def load_held_out(
@@ -40,17 +42,20 @@ def load_held_out(
     """
     readers = open_source(args)
     raw = readers[_chosen_split(args.dataset_name, list(readers), split)]()
-    require_column(raw, args.text_column, "text_column")
+    chats = conversation_column(args, raw)
+    if chats is None:
+        require_column(raw, args.text_column, "text_column")
     notes: list[str] = []
     try:
         targets = require_column(raw, args.target_column, "target_column", numbered=True)
     except InputError:
         targets = []
-        notes.append(f"no column '{args.target_column}' in {raw.name}: metrics that need references are left out")
+        if chats is None:
+            notes.append(f"no column '{args.target_column}' in {raw.name}: metrics that need references are left out")
     if id_column is not None:
         require_column(raw, id_column, "id_column")
     column = id_column or next((name for name in ID_COLUMNS if name in raw.columns), None)
-    rows = [_row(args, number, row, targets, column) for number, row in enumerate(raw.rows)]
+    rows = [_row(args, number, row, targets, column, chats) for number, row in enumerate(raw.rows)]
     usable = [row for row in rows if row["text"] is not None]
     if not usable:
         raise InputError(
@@ -68,7 +73,8 @@ def load_held_out(
         notes.append(f"{without} of {len(chosen)} rows have no reference: reference metrics are over the others")
     source = {"name": raw.name, "split": raw.split, "rows": len(chosen), "sha256": raw.sha256}
     positions, texts, references = ([row[name] for row in chosen] for name in ("position", "text", "references"))
-    return HeldOutRows(positions, ids, texts, references, source, notes)
+    messages = None if chats is None else [row[MESSAGES] for row in chosen]
+    return HeldOutRows(positions, ids, texts, references, source, notes, messages)
 
 
 def _chosen_split(name: str | None, splits: Sequence[str], wanted: str | None) -> str:
@@ -82,7 +88,12 @@ def _chosen_split(name: str | None, splits: Sequence[str], wanted: str | None) -
 
 
 def _row(
-    args: DataArguments, number: int, row: dict[str, Any], targets: Sequence[str], id_column: str | None
+    args: DataArguments,
+    number: int,
+    row: dict[str, Any],
+    targets: Sequence[str],
+    id_column: str | None,
+    chats: str | None,
 ) -> dict[str, Any]:
     values: list[Any] = []
     for column in targets:
@@ -90,9 +101,12 @@ def _row(
         values += value if isinstance(value, list | tuple) else [value]
     texts = (text_of(value, f"target_column: '{args.target_column}'") for value in values)
     identity = None if id_column is None else text_of(row.get(id_column), f"column '{id_column}'")
-    return {
-        "position": number,
-        "id": identity or str(number),
-        "text": text_of(row.get(args.text_column), f"text_column: '{args.text_column}'"),
-        "references": [text for text in texts if text is not None],
-    }
+    kept = {"position": number, "id": identity or str(number), "text": None, "references": []}
+    if chats is None:
+        kept["text"] = text_of(row.get(args.text_column), f"text_column: '{args.text_column}'")
+    elif is_conversation(value := row.get(chats)):
+        prompt = read_messages(value, f"text_column: '{chats}', row {number + 1}")
+        answer = [prompt.pop()] if prompt[-1]["role"] == ASSISTANT and len(prompt) > 1 else []
+        kept |= conversation_row(prompt, answer, train_all=False)
+    references = [text for text in texts if text is not None]
+    return {**kept, "references": references or kept["references"]}

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from yunque.data.arguments import INSTRUCTION_TEMPLATES, DataArguments, TemplateArguments, placeholders
+from yunque.data.chat import MESSAGES
 from yunque.data.loading import LoadedData, RawSplit, group_columns, load_pair, load_splits, require_column, text_of
+from yunque.errors import InputError
 
 TEXT_PLACEHOLDER = "text"  # stands for text_column, so that phrasings look like prompt_template
 
@@ -25,7 +27,10 @@ def load_instructions(args: DataArguments, templates: TemplateArguments, seed: i
         InputError: as ``load_splits``, or a placeholder that is no column.
     """
     if templates.prompt_templates is None:
-        return load_splits(args, seed)
+        data = load_splits(args, seed)
+        if templates.system_prompt and MESSAGES in data.train.column_names:
+            raise InputError("system_prompt: messages bring their own; leave it out")
+        return data
     return load_pair(args, seed, functools.partial(_instruction_rows, args, templates, seed))
 
 

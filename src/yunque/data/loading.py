@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import gzip
 import hashlib
-import io
 import json
 import math
 import os
+import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,19 @@ from typing import Any
 import datasets
 import numpy as np
 
+from yunque.artifacts import sha256_file
 from yunque.data.arguments import DataArguments, SourceArguments
+from yunque.data.chat import ASSISTANT, conversation_row, is_conversation, read_messages
+from yunque.data.tables import parse_csv, parse_json, read_table
 from yunque.errors import InputError, is_disk_full
 
-FORMATS = (".jsonl", ".json", ".csv")
+TEXT_FORMATS = (".jsonl", ".json", ".csv")
+TABLE_FORMATS = (".parquet", ".arrow")
+FORMATS = (*TEXT_FORMATS, *TABLE_FORMATS)
+_SAVED_ROWS, _SAVED_SPLITS = "state.json", "dataset_dict.json"
+_PART = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
 VALIDATION_NAMES = ("validation", "dev", "valid", "val")
+ROW = "row"
 HUB_TIMEOUT_S = 5
 SAMPLE_SEED = 0  # not the run's seed: runs with different seeds are compared on the same rows
 
@@ -71,13 +78,15 @@ Normalise = Callable[[RawSplit], list[dict[str, Any]]]
 KeyOf = Callable[[Mapping[str, Any]], str]
 
 
-def load_splits(args: DataArguments, seed: int) -> LoadedData:
+def load_splits(args: DataArguments, seed: int, *, keep_columns: bool = False) -> LoadedData:
     """Load train and test rows with the columns "id", "text", "references" and, by ``group_column``, "group".
+
+    ``keep_columns`` adds "row": all of the file's own columns as JSON, which keeps values of any type.
 
     Raises:
         InputError: nothing readable under ``dataset_name``, a missing split or column, no usable row.
     """
-    return load_pair(args, seed, functools.partial(_summary_rows, args))
+    return load_pair(args, seed, functools.partial(_summary_rows, args, keep_columns))
 
 
 def load_pair(args: SourceArguments, seed: int, normalise: Normalise, *, together: KeyOf | None = None) -> LoadedData:
@@ -145,7 +154,7 @@ def open_source(args: SourceArguments) -> dict[str, Reader]:
         return _open_folder(name, path)
     if _split_name(path) is None:
         raise InputError(f"dataset_name: '{name}' is not a {', '.join(FORMATS)} file (.gz may follow)")
-    return {"train": functools.partial(read_file, path, name, "train")}
+    return {"train": functools.partial(read_files, [path], name, "train")}
 
 
 def find_split(args: SourceArguments, splits: Iterable[str], option: str) -> str:
@@ -170,16 +179,33 @@ def match_split(wanted: str, names: Sequence[str]) -> str | None:
     return next((alias for alias in aliases if alias in names), None)
 
 
-def read_file(path: Path, name: str, split: str) -> RawSplit:
-    """Read a JSON-lines, JSON (array) or CSV file, gzip or not, as UTF-8.
+def read_files(paths: Sequence[Path], name: str, split: str) -> RawSplit:
+    """Read the files of one split, in this order.
 
-    Read here rather than by the ``datasets`` builders: those write a cache, hide line numbers in their errors, and
-    take the texts "NA" and "None" for missing ones.
+    Raises:
+        InputError: as ``read_file``.
+    """
+    parts = [read_file(path, name, split) for path in paths]
+    if len(parts) == 1:
+        return parts[0]
+    columns = list(dict.fromkeys(column for part in parts for column in part.columns))
+    digest = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
+    return RawSplit(name, split, columns, [row for part in parts for row in part.rows], digest)
+
+
+def read_file(path: Path, name: str, split: str) -> RawSplit:
+    """Read a JSON-lines, JSON (array) or CSV file, gzip or not, as UTF-8, or a Parquet or Arrow file.
+
+    Texts are read here rather than by the ``datasets`` builders: those write a cache, hide line numbers in their
+    errors, and take the texts "NA" and "None" for missing ones.
 
     Raises:
         InputError: not readable, damaged gzip, not UTF-8, a bad line (by number), no rows.
     """
     where = f"dataset_name: '{path}'"
+    if path.suffix in TABLE_FORMATS:
+        columns, rows = read_table(path, where)
+        return RawSplit(name, split, columns, rows, sha256_file(path))
     try:
         data = path.read_bytes()
         content = gzip.decompress(data) if path.suffix == ".gz" else data
@@ -191,9 +217,9 @@ def read_file(path: Path, name: str, split: str) -> RawSplit:
     except OSError as error:
         raise InputError(f"{where} cannot be read: {error.strerror or error}") from error
     if path.name.removesuffix(".gz").endswith(".csv"):
-        columns, rows = _parse_csv(text, where)
+        columns, rows = parse_csv(text, where)
     else:
-        columns, rows = _parse_json(text, where)
+        columns, rows = parse_json(text, where)
     if not rows:
         raise InputError(f"{where} has no rows")
     return RawSplit(name, split, columns, rows, hashlib.sha256(data).hexdigest())
@@ -232,6 +258,11 @@ def require_column(raw: RawSplit, column: str, option: str, *, numbered: bool = 
     return sorted(found, key=lambda name: int(name[len(column) :]))
 
 
+def row_as_json(raw: RawSplit, row: Mapping[str, Any]) -> str:
+    """All of the file's columns of one row, which keeps values of any type."""
+    return json.dumps({name: row.get(name) for name in raw.columns}, default=str)
+
+
 def group_columns(args: SourceArguments, raw: RawSplit) -> list[str]:
     """Return the column that holds the group, or nothing where none was asked for.
 
@@ -252,10 +283,12 @@ def sample_rows(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str,
     return [rows[number] for number in np.sort(chosen).tolist()]
 
 
-def _summary_rows(args: DataArguments, raw: RawSplit) -> list[dict[str, Any]]:
+def _summary_rows(args: DataArguments, keep_columns: bool, raw: RawSplit) -> list[dict[str, Any]]:
+    groups = group_columns(args, raw)
+    if (column := conversation_column(args, raw)) is not None:
+        return _conversation_rows(args, keep_columns, raw, column, groups)
     require_column(raw, args.text_column, "text_column")
     targets = require_column(raw, args.target_column, "target_column", numbered=True)
-    groups = group_columns(args, raw)
     id_column = next((column for column in ("id", "fname") if column in raw.columns), None)
     rows = []
     for number, row in enumerate(raw.rows):
@@ -269,6 +302,43 @@ def _summary_rows(args: DataArguments, raw: RawSplit) -> list[dict[str, Any]]:
         kept: dict[str, Any] = {"id": identity or str(number), "text": text, "references": references}
         for column in groups:
             kept["group"] = text_of(row.get(column), f"group_column: '{column}'") or ""
+        if keep_columns:
+            kept[ROW] = row_as_json(raw, row)
+        rows.append(kept)
+    return rows
+
+
+def conversation_column(args: DataArguments, raw: RawSplit) -> str | None:
+    """Return the column of conversations, if any: text_column or, where that is missing, one of the usual names."""
+    names = [args.text_column] if args.text_column in raw.columns else ["messages", "conversations", "prompt"]
+    return next((name for name in names if any(is_conversation(row.get(name)) for row in raw.rows[:100])), None)
+
+
+def _conversation_rows(
+    args: DataArguments, keep_columns: bool, raw: RawSplit, column: str, groups: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Rows of conversations: the last answer's turns are the reference, those before them the prompt."""
+    targets = [name for name in (args.target_column, "completion") if name in raw.columns and name != column]
+    rows = []
+    for number, row in enumerate(raw.rows):
+        where = f"text_column: '{column}', row {number + 1} of split '{raw.split}' of '{raw.name}'"
+        if not is_conversation(row.get(column)):
+            continue
+        prompt, train_all = read_messages(row[column], where), not targets
+        answer: list[dict[str, Any]] = []
+        if not targets:
+            prompt, answer = prompt[:-1], prompt[-1:]
+        elif is_conversation(target := row.get(targets[0])):
+            answer = read_messages(target, where)
+        elif (text := text_of(target, f"target_column: '{targets[0]}'")) is not None:
+            answer = [{"role": ASSISTANT, "content": text}]
+        if not answer or not prompt or answer[-1]["role"] != ASSISTANT:
+            raise InputError(f"{where}: does not end with an answer of the assistant to a message before it")
+        kept = {"id": str(row.get("id") or number), **conversation_row(prompt, answer, train_all=train_all)}
+        for name in groups:
+            kept["group"] = text_of(row.get(name), f"group_column: '{name}'") or ""
+        if keep_columns:
+            kept[ROW] = row_as_json(raw, row)
         rows.append(kept)
     return rows
 
@@ -321,25 +391,51 @@ def _looks_like_path(name: str) -> bool:
 
 def _split_name(path: Path) -> str | None:
     stem = path.name.removesuffix(".gz")
-    return next((stem.removesuffix(suffix) for suffix in FORMATS if stem.endswith(suffix)), None)
+    formats = FORMATS if stem == path.name else TEXT_FORMATS
+    return next((stem.removesuffix(suffix) for suffix in formats if stem.endswith(suffix)), None)
 
 
 def _open_folder(name: str, folder: Path) -> dict[str, Reader]:
-    readers: dict[str, Reader] = {}
     try:
-        paths = sorted(folder.iterdir())
+        if (folder / _SAVED_SPLITS).is_file() or (folder / _SAVED_ROWS).is_file():
+            return _open_saved(name, folder)
+        files = _files_of_splits(name, folder)
+        if not files and (folder / "data").is_dir():  # how repositories of the hub look
+            files = _files_of_splits(name, folder / "data")
+        if not files:  # a folder for each split
+            inner = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
+            files = {split: sorted(filter(_split_name, path.iterdir())) for split, path in inner.items()}
+            files = {split: paths for split, paths in files.items() if paths}
     except OSError as error:
         raise InputError(f"dataset_name: folder '{name}' cannot be read: {error.strerror}") from error
-    for path in paths:
-        split = _split_name(path)
-        if not split or split.startswith(".") or not path.is_file():
-            continue
-        if split in readers:
-            raise InputError(f"dataset_name: '{name}' holds two files for split '{split}'; give one of them as a file")
-        readers[split] = functools.partial(read_file, path, name, split)
-    if not readers:
+    if not files:
         raise InputError(f"dataset_name: folder '{name}' holds no {', '.join(FORMATS)} file (.gz may follow)")
-    return readers
+    return {split: functools.partial(read_files, paths, name, split) for split, paths in files.items()}
+
+
+def _files_of_splits(name: str, folder: Path) -> dict[str, list[Path]]:
+    """Find the files of every split: one, or numbered parts such as ``train-00000-of-00002.parquet``."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        stem = _split_name(path)
+        if not stem or stem.startswith(".") or not path.is_file():
+            continue
+        part = _PART.fullmatch(stem)
+        split = part["split"] if part else stem
+        if split in found and not (part and _PART.fullmatch(_split_name(found[split][0]) or "")):
+            raise InputError(f"dataset_name: '{name}' holds two files for split '{split}'; give one of them as a file")
+        found.setdefault(split, []).append(path)
+    return found
+
+
+def _open_saved(name: str, folder: Path) -> dict[str, Reader]:
+    """Open what ``save_to_disk`` of a Dataset or a DatasetDict has written."""
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # the library and Arrow raise unrelated types for what is damaged
+        raise InputError(f"dataset_name: '{name}', a folder of save_to_disk, cannot be read: {error}") from error
+    splits = saved if isinstance(saved, dict) else {"train": saved}
+    return {str(split): functools.partial(_from_hub, name, str(split), rows) for split, rows in splits.items()}
 
 
 def _open_hub(name: str, config: str | None) -> dict[str, Reader]:
@@ -380,56 +476,3 @@ def _from_hub(name: str, split: str, rows: Iterable[Mapping[str, Any]]) -> RawSp
     for row in table:
         digest.update(json.dumps(row, default=str, sort_keys=True).encode() + b"\n")
     return RawSplit(name, split, list(table[0]), table, digest.hexdigest())
-
-
-def _parse_json(text: str, where: str) -> tuple[list[str], list[dict[str, Any]]]:
-    if text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not valid JSON: {error}") from error
-        numbered: Iterable[tuple[str, Any]] = ((f"item {number}", value) for number, value in enumerate(values, 1))
-    else:
-        numbered = _json_lines(text, where)
-    rows: list[dict[str, Any]] = []
-    columns: dict[str, None] = {}  # a set that keeps the order
-    for place, row in numbered:
-        if not isinstance(row, dict):
-            raise InputError(f"{where}, {place}: not a JSON object with columns as keys")
-        columns.update(dict.fromkeys(row))
-        rows.append(row)
-    return list(columns), rows
-
-
-def _json_lines(text: str, where: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: texts may hold U+2028 and its like
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}, line {number}: not valid JSON: {error}") from error
-
-
-def _parse_csv(text: str, where: str) -> tuple[list[str], list[dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long document
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    columns: list[str] = []
-    rows: list[dict[str, Any]] = []
-    try:
-        for cells in reader:
-            if not cells:
-                continue
-            if not columns:
-                columns = cells
-                if len(set(columns)) < len(columns):
-                    raise InputError(f"{where}: the header names a column twice: {', '.join(columns)}")
-            elif len(cells) != len(columns):
-                raise InputError(
-                    f"{where}, line {reader.line_num}: {len(cells)} values, but the header has {len(columns)} columns"
-                )
-            else:
-                rows.append(dict(zip(columns, cells, strict=True)))
-    except csv.Error as error:
-        raise InputError(f"{where}, line {reader.line_num}: not valid CSV: {error}") from error
-    return columns, rows

@@ -11,11 +11,11 @@ import datasets
 import numpy as np
 
 from yunque.data.arguments import INSTRUCTION_TEMPLATES, DataArguments, MixtureArguments, TemplateArguments
-from yunque.data.chat import chat_frame
+from yunque.data.chat import MESSAGES, chat_frame
 from yunque.data.instructions import load_instructions
 from yunque.data.loading import LoadedData
 from yunque.data.prompts import prepare_prompts
-from yunque.data.targets import encode_continuations, encode_targets
+from yunque.data.targets import encode_continuations, encode_conversations, encode_targets
 from yunque.errors import InputError
 
 if TYPE_CHECKING:
@@ -85,11 +85,13 @@ def prepare_task(task: Task, tokenizer: PreTrainedTokenizerBase, encoding: Encod
     """
     data = load_instructions(task.data, task.templates, seed)
     report = [str(data)]
-    ending, encoded = "", {}
-    frame = chat_frame(tokenizer, task.templates.system_prompt) if task.templates.chat_template else None
+    encoded = {}
+    chats = MESSAGES in data.train.column_names
+    frame = chat_frame(tokenizer, task.templates.system_prompt) if task.templates.chat_template and not chats else None
+    around = None if frame is None else (frame.beginning, frame.ending)
     for split, rows in (("train", data.train), ("test", data.test)):
         if frame is not None:
-            rows, ending = frame.wrap(rows, task.data.prompt_template), frame.ending
+            rows = frame.wrap(rows, task.data.prompt_template)
         prompts = prepare_prompts(
             rows,
             tokenizer,
@@ -99,10 +101,13 @@ def prepare_task(task: Task, tokenizer: PreTrainedTokenizerBase, encoding: Encod
             special_tokens=frame is None,
         )
         length = encoding.max_target_length
-        if encoding.encoder_decoder:
+        if chats and not encoding.encoder_decoder:
+            most = None if encoding.prompt_limit is None else encoding.prompt_limit + length
+            labelled, targets = encode_conversations(prompts.dataset, tokenizer, most)
+        elif encoding.encoder_decoder:
             labelled, targets = encode_targets(prompts.dataset, tokenizer, length, encoding.eos_ids)
         else:
-            labelled, targets = encode_continuations(prompts.dataset, tokenizer, length, encoding.eos_ids, ending)
+            labelled, targets = encode_continuations(prompts.dataset, tokenizer, length, encoding.eos_ids, around)
         kept = {"query": list(prompts.dataset["query"]), "references": list(prompts.dataset["references"])}
         kept |= {"prompt_ids": list(prompts.dataset["input_ids"])} if split == "test" else {}
         encoded[split] = _with_columns(labelled, kept) if split == "test" else labelled

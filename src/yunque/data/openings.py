@@ -11,8 +11,10 @@ import datasets
 import numpy as np
 
 from yunque.data.arguments import OpeningArguments
-from yunque.data.loading import LoadedData, RawSplit, load_pair, require_column, text_of
+from yunque.data.encoding import beginning
+from yunque.data.loading import ROW, LoadedData, RawSplit, load_pair, require_column, row_as_json, text_of
 from yunque.errors import InputError
+from yunque.runtime.tokenizer import without_second
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,13 +39,15 @@ class PreparedOpenings:
         )
 
 
-def load_texts(args: OpeningArguments, seed: int) -> LoadedData:
+def load_texts(args: OpeningArguments, seed: int, *, keep_columns: bool = False) -> LoadedData:
     """Load train and test rows with the columns "number" (of the row in its split) and "text".
+
+    ``keep_columns`` adds "row": all of the file's own columns as JSON, for reward functions.
 
     Raises:
         InputError: nothing readable under ``dataset_name``, a missing split or column, no usable row.
     """
-    return load_pair(args, seed, functools.partial(_text_rows, args))
+    return load_pair(args, seed, functools.partial(_text_rows, args, keep_columns))
 
 
 def prepare_openings(
@@ -65,10 +69,12 @@ def prepare_openings(
     low, high = args.min_text_chars or 1, args.max_text_chars or float("inf")
     rows = [row for row in dataset if low <= len(row["text"]) <= high]
     kept: list[dict[str, Any]] = []
+    first = beginning(tokenizer)
     for start in range(0, len(rows), BATCH_ROWS):
         batch = rows[start : start + BATCH_ROWS]
         encoded = tokenizer([row["text"] for row in batch], return_special_tokens_mask=True, verbose=False)
-        for row, ids, special in zip(batch, encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+        for row, found, mask in zip(batch, encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+            ids, special = (without_second(first, found, values) for values in (found, mask))
             size = _prompt_tokens(args, seed, row["number"])
             lead = special.index(0) if 0 in special else len(special)
             if sum(special[lead : lead + size]) == 0 and len(ids) >= lead + size:
@@ -103,10 +109,15 @@ def continuation_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequen
     return lambda tokens: decode([anchor, *tokens])[len(decode([anchor])) :]
 
 
-def _text_rows(args: OpeningArguments, raw: RawSplit) -> list[dict[str, Any]]:
+def _text_rows(args: OpeningArguments, keep_columns: bool, raw: RawSplit) -> list[dict[str, Any]]:
     require_column(raw, args.text_column, "text_column")
-    texts = (text_of(row.get(args.text_column), f"text_column: '{args.text_column}'") for row in raw.rows)
-    return [{"number": number, "text": text} for number, text in enumerate(texts) if text is not None]
+    rows = []
+    for number, row in enumerate(raw.rows):
+        text = text_of(row.get(args.text_column), f"text_column: '{args.text_column}'")
+        if text is not None:
+            kept = {ROW: row_as_json(raw, row)} if keep_columns else {}
+            rows.append({"number": number, "text": text, **kept})
+    return rows
 
 
 def _prompt_tokens(args: OpeningArguments, seed: int, number: int) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from yunque.data import chat
 from yunque.data.arguments import PreferenceArguments
+from yunque.data.chat import is_conversation
 from yunque.data.loading import (
     LoadedData,
     LoadedSplit,
@@ -144,6 +147,9 @@ def _pairs(args: PreferenceArguments, raw: RawSplit, counts: Counter[str]) -> It
 def _single(
     args: PreferenceArguments, raw: RawSplit, row: Mapping[str, Any], where: str, counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
+    if is_conversation(row.get(args.chosen_column)):
+        yield from _conversations(args, row, where, counts)
+        return
     chosen = text_of(row.get(args.chosen_column), f"chosen_column: {where}")
     rejected = text_of(row.get(args.rejected_column), f"rejected_column: {where}")
     if chosen is None or rejected is None:
@@ -161,6 +167,37 @@ def _single(
         counts[MISSING] += 1
         return
     pair: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if args.margin_column is not None:
+        pair["margin"] = _margin(row.get(args.margin_column), f"margin_column: {where}")
+    yield pair
+
+
+def _conversations(
+    args: PreferenceArguments, row: Mapping[str, Any], where: str, counts: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """A pair of messages: with a prompt of messages or a text, or two conversations that begin alike."""
+    if not is_conversation(row.get(args.rejected_column)):
+        raise InputError(f"rejected_column: {where}: '{args.chosen_column}' holds messages, and this does not")
+    columns = (("chosen_column", args.chosen_column), ("rejected_column", args.rejected_column))
+    sides = [chat.read_messages(row[column], f"{option}: {where}") for option, column in columns]
+    given = row.get(args.prompt_column)
+    if is_conversation(given):
+        prompt = chat.read_messages(given, f"prompt_column: {where}")
+    else:  # two whole conversations; a text beside them is their first message once more
+        same = zip(*sides, strict=False)
+        shared = next((place for place, (one, other) in enumerate(same) if one != other), min(map(len, sides)))
+        shared = min(shared, *(len(side) - 1 for side in sides))
+        prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
+    if not prompt or not all(side and side[-1]["role"] == chat.ASSISTANT for side in sides):
+        counts[NO_DIALOGUE] += 1
+        return
+    chosen, rejected = sides
+    texts = {name: chat.content_of(side[-1]) for name, side in (("chosen", chosen), ("rejected", rejected))}
+    if not all(text.strip() for text in texts.values()):
+        counts[MISSING] += 1
+        return
+    messages = json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    pair: dict[str, Any] = {"prompt": chat.content_of(prompt[0]), **texts, chat.MESSAGES: messages}
     if args.margin_column is not None:
         pair["margin"] = _margin(row.get(args.margin_column), f"margin_column: {where}")
     yield pair

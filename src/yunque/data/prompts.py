@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import datasets
 
 from yunque.data.arguments import TEXT_FIELD, DataArguments
+from yunque.data.chat import MESSAGES, prompt_text
+from yunque.data.encoding import encode
 from yunque.errors import InputError
 
 if TYPE_CHECKING:
@@ -76,6 +78,8 @@ def prepare_prompts(
     Raises:
         InputError: no row is left (the filter is named), the template alone fills the limit.
     """
+    if MESSAGES in dataset.column_names:
+        return _prepare_conversations(dataset, tokenizer, args, model_limit)
     texts = list(dataset["text"])
     kept = _filter(
         list(range(len(texts))), [len(text) for text in texts], args, "min_text_chars", "max_text_chars", "characters"
@@ -105,6 +109,24 @@ def prepare_prompts(
     return PreparedPrompts(datasets.Dataset.from_dict(columns), report)
 
 
+def _prepare_conversations(
+    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments, model_limit: int | None
+) -> PreparedPrompts:
+    """Prompts by the tokenizer's chat template; a conversation that is too long is left out: it has no end to cut."""
+    queries = [prompt_text(tokenizer, row) for row in dataset[MESSAGES]]
+    ids = encode(tokenizer, queries, add_special_tokens=False)
+    limit = _limit(tokenizer, args, model_limit)
+    rows = list(range(len(queries)))
+    kept = _filter(rows, [len(query) for query in queries], args, "min_text_chars", "max_text_chars", "characters")
+    fitting = [row for row in kept if limit is None or len(ids[row]) <= limit]
+    if not fitting:
+        raise InputError(f"max_prompt_length: no conversation has at most {limit} tokens; raise it")
+    report = TruncationReport(len(rows), len(rows) - len(kept), len(kept) - len(fitting), 0, 0, limit)
+    columns = {name: list(dataset.select(fitting)[name]) for name in dataset.column_names}
+    columns |= {"query": [queries[row] for row in fitting], "input_ids": [ids[row] for row in fitting]}
+    return PreparedPrompts(datasets.Dataset.from_dict(columns), report)
+
+
 Frame = tuple[str, str]
 """What stands before and behind the text in a prompt."""
 
@@ -130,13 +152,8 @@ class _Prompter:
         filled = [_fill(text, frame) for text, frame in zip(texts, frames, strict=True)]
         ids: list[list[int]] = []
         for start in range(0, len(filled), BATCH_ROWS):
-            # verbose=False: the tokenizer's warning about long inputs, which are cut and reported below.
-            ids += self.tokenizer(
-                filled[start : start + BATCH_ROWS],
-                add_special_tokens=self.special_tokens,
-                return_attention_mask=False,
-                verbose=False,
-            )["input_ids"]
+            rows = filled[start : start + BATCH_ROWS]
+            ids += encode(self.tokenizer, rows, add_special_tokens=self.special_tokens)
         if not self.append_eos:
             ids = [row[:-1] if row and row[-1] == self.tokenizer.eos_token_id else row for row in ids]
         return ids

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from yunque.data.arguments import SourceArguments
+from yunque.data.encoding import encode
 from yunque.data.loading import RawSplit, open_source, require_column, text_of
 from yunque.errors import InputError
 
@@ -261,8 +262,7 @@ def _count(texts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase) -> n
     present = [row for row, text in enumerate(texts) if text is not None]
     for start in range(0, len(present), _BATCH_ROWS):
         rows = present[start : start + _BATCH_ROWS]
-        # verbose=False: the tokenizer's warning about long inputs, which are counted here
-        encoded = tokenizer([texts[row] for row in rows], return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = encode(tokenizer, [texts[row] or "" for row in rows])
         counts[rows] = [len(ids) for ids in encoded]
     return counts
 

@@ -3,16 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 import datasets
+import torch
+from torch import Tensor
 
+from yunque.data.chat import MESSAGES, encode_conversation
 from yunque.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that no loss counts
+
+
+class AnswerCollator:
+    """Batches of rows of "input_ids" and "labels", padded; for an encoder-decoder with its decoder's inputs."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+        from transformers import DataCollatorForSeq2Seq
+
+        self._pad, self._model = DataCollatorForSeq2Seq(tokenizer), model
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        """One batch."""
+        batch = self._pad([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+        if self._model.config.is_encoder_decoder:
+            batch["decoder_input_ids"] = decoder_inputs(batch["labels"], self._model)
+        return batch
+
+
+def decoder_inputs(labels_BL: Tensor, model: Any) -> Tensor:
+    """What the decoder of ``model`` reads to write ``labels_BL``: its start, then each label but the last.
+
+    By the model's own method, such as mBART's, which puts the language first; M2M100 and Blenderbot have none.
+    """
+    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        found: Tensor = own(labels=labels_BL)
+        return found
+    start = torch.full_like(labels_BL[:, :1], model.config.decoder_start_token_id)
+    shifted = torch.cat([start, labels_BL[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)
 
 
 def encode_answers(
@@ -50,22 +84,32 @@ def encode_continuations(
     tokenizer: PreTrainedTokenizerBase,
     max_target_length: int,
     eos_ids: Sequence[int],
-    ending: str = "",
+    around: tuple[str, str] | None = None,
 ) -> tuple[datasets.Dataset, str]:
     """Rows of "input_ids", prompt and first reference as one sequence, and "labels", -100 on the prompt's tokens.
 
-    The answer with its ``ending`` (a chat template's) has at most ``max_target_length`` tokens, and one of ``eos_ids``
-    at or near its end (the first, where the ending has none), so that the model learns to stop; a cut answer keeps
-    both. Also returns a line as ``encode_targets``.
+    The answer has at most ``max_target_length`` tokens, and one of ``eos_ids`` at or near its end (the first, where it
+    has none), so that the model learns to stop; a cut answer keeps it. ``around`` is what a chat template writes before
+    and behind an answer: prompt and answer are one text then, whose tokens are the template's. Also returns a line as
+    ``encode_targets``.
     """
     texts = [references[0] for references in dataset["references"]]
-    whole = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    end = list(tokenizer(ending, add_special_tokens=False)["input_ids"]) if ending else []
+    prompts, end = list(dataset["input_ids"]), []
+    if around is None:
+        whole = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    else:
+        queries = list(dataset["query"])
+        chats = [query + around[0] + text for query, text in zip(queries, texts, strict=True)]
+        joint = tokenizer(chats, add_special_tokens=False, verbose=False)["input_ids"]
+        borders = [_common(prompt, ids) for prompt, ids in zip(prompts, joint, strict=True)]
+        prompts = [prompt[:border] for prompt, border in zip(prompts, borders, strict=True)]
+        whole = [ids[border:] for ids, border in zip(joint, borders, strict=True)]
+        end = list(tokenizer(around[1], add_special_tokens=False)["input_ids"]) if around[1] else []
     if not set(end) & set(eos_ids):
         end.append(eos_ids[0])
     room = max(1, max_target_length - len(end))
     input_ids, labels, lost = [], [], []
-    for prompt, answer in zip(dataset["input_ids"], whole, strict=True):
+    for prompt, answer in zip(prompts, whole, strict=True):
         target = [*answer[:room], *end]
         input_ids.append([*prompt, *target])
         labels.append([IGNORED] * len(prompt) + target)
@@ -73,6 +117,34 @@ def encode_continuations(
             lost.append(len(answer) - room)
     report = f"answers: {len(texts):,}, cut to {max_target_length} tokens: {len(lost):,} ({sum(lost):,} tokens lost)"
     return datasets.Dataset.from_dict({"input_ids": input_ids, "labels": labels}), report
+
+
+def encode_conversations(
+    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> tuple[datasets.Dataset, str]:
+    """Rows of "input_ids", whole conversations by the chat template, and "labels", -100 on all but what trains.
+
+    A conversation loses what is beyond ``max_length`` tokens. Also returns a line that says how many did.
+
+    Raises:
+        InputError: as ``encode_conversation``, or a conversation of which nothing is left to train on.
+    """
+    input_ids, labels, lost = [], [], []
+    for number, row in enumerate(dataset[MESSAGES], 1):
+        ids, trained = encode_conversation(tokenizer, row)
+        lost.append(max(0, len(ids) - (max_length or len(ids))))
+        target = [token if said else IGNORED for token, said in zip(ids, trained, strict=True)][:max_length]
+        if set(target) == {IGNORED}:
+            raise InputError(f"max_target_length: of conversation {number} no answer is left; raise it")
+        input_ids.append(ids[:max_length])
+        labels.append(target)
+    cut = [count for count in lost if count]
+    report = f"conversations: {len(labels):,}, cut to {max_length} tokens: {len(cut):,} ({sum(cut):,} tokens lost)"
+    return datasets.Dataset.from_dict({"input_ids": input_ids, "labels": labels}), report
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def pack(rows: datasets.Dataset, max_length: int) -> tuple[datasets.Dataset, str]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass, field
 from typing import Literal
 
 from yunque.errors import InputError
+
+_TRACKERS = {
+    name: name.replace("_", "-")
+    for name in ("tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "dvclive", "swanlab", "trackio")
+}
+"""Modules that both Accelerate and transformers report to, and their packages."""
 
 
 @dataclass
@@ -27,7 +34,7 @@ class RunArguments:
         default=None, metadata={"help": "Autocast precision; the launch profile's if unset."}
     )
     report_to: list[str] = field(
-        default_factory=list, metadata={"help": "Trackers of Accelerate beside the JSONL log, e.g. tensorboard."}
+        default_factory=list, metadata={"help": "Trackers beside the JSONL log: tensorboard, wandb, ... or none."}
     )
 
     def __post_init__(self) -> None:
@@ -43,3 +50,14 @@ class RunArguments:
                 raise InputError(f"{name}: {getattr(self, name)} is too small; give 1 or more")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed: {self.seed} is not in [0, 2^32)")
+        self.report_to = [] if self.report_to == ["none"] else self.report_to
+        for name in self.report_to:
+            _check_tracker(name)
+
+
+def _check_tracker(name: str) -> None:
+    if name not in _TRACKERS:
+        raise InputError(f"report_to: there is no tracker '{name}'; choose of {', '.join(_TRACKERS)}, or none")
+    modules = (name, "tensorboardX") if name == "tensorboard" else (name,)
+    if not any(importlib.util.find_spec(module) for module in modules):
+        raise InputError(f"report_to: {name} is not installed; pip install {_TRACKERS[name]}, or leave the option out")

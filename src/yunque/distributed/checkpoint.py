@@ -31,6 +31,7 @@ from yunque.distributed.checkpoint_files import Score
 from yunque.distributed.stopping import StopSignal
 from yunque.distributed.training_state import Training, capture, random_state, restore, set_random_state
 from yunque.errors import InputError
+from yunque.models.placement import tensor_parallel
 
 __all__ = ["Checkpoints", "Found", "Score", "StopSignal", "Training"]
 
@@ -52,7 +53,9 @@ class Checkpoints:
     """The last few checkpoints of a run and its best one; entered while training, so that none is left half written."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, *, keep: int, asynchronous: bool = False) -> None:
-        self.folder, self.accelerator, self.keep, self.asynchronous = folder, accelerator, keep, asynchronous
+        self.folder, self.accelerator, self.keep = folder, accelerator, keep
+        # torch's copy of what it writes in the background fails on tensor-parallel weights of ranks after the first
+        self.asynchronous = asynchronous and tensor_parallel() is None
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         # A group of its own, on the CPU: the background thread's messages must not mix with training's.
         self._group = dist.new_group(backend="gloo") if self.ranks > 1 else None
@@ -178,11 +181,9 @@ class Checkpoints:
         steps = self._everywhere(lambda: files.steps_in(self.folder))[0]
         for step in reversed(steps):
             path = files.folder_of(self.folder, step)
-            parts = self._everywhere(partial(files.problems, path, rank=self.rank, ranks=self.ranks))
-            found = list(dict.fromkeys(problem for part in parts for problem in part))
+            found = self._problems(path)
             if not found:
-                index, content = files.read_index(path), json.loads((path / files.STATE).read_text(encoding="utf-8"))
-                return Found(path, step, index.engine, index.ranks, content["run"])
+                return _found(path)
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             self._say(f"{path} is damaged: {found[0]}{more}; the one before it is used")
         if steps:
@@ -190,6 +191,25 @@ class Checkpoints:
                 f"resume: every checkpoint in {self.folder} is damaged; start afresh with --overwrite_output_dir"
             )
         return None
+
+    def best(self, up_to: int) -> tuple[Found, str, float] | None:
+        """The best checkpoint of the first ``up_to`` steps with its metric and value; None where none was rated.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        self.wait()
+        known = self._everywhere(lambda: files.read_best(self.folder, up_to=up_to))[0]
+        if known is None:
+            return None
+        path = files.folder_of(self.folder, known["step"])
+        if problems := self._problems(path):
+            raise InputError(f"load_best_model_at_end: {path} is damaged: {problems[0]}; leave the option out")
+        return _found(path), known["metric"], known["value"]
+
+    def _problems(self, path: Path) -> list[str]:
+        parts = self._everywhere(partial(files.problems, path, rank=self.rank, ranks=self.ranks))
+        return list(dict.fromkeys(problem for part in parts for problem in part))
 
     def load(self, found: Found, training: Training) -> None:
         """Load a checkpoint into what the accelerator has prepared, on any engine and number of ranks.
@@ -259,6 +279,11 @@ def engine_of(accelerator: Accelerator) -> str:
     if parallel is not None and parallel.tp_enabled:
         return "tp"
     return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def _found(path: Path) -> Found:
+    index, content = files.read_index(path), json.loads((path / files.STATE).read_text(encoding="utf-8"))
+    return Found(path, index.step, index.engine, index.ranks, content["run"])
 
 
 def _writer(folder: Path) -> HuggingFaceStorageWriter:

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -50,7 +50,7 @@ class Twin(Generic[M]):
         if self._open:
             yield self.twin
             return
-        with whole_partitions(self._source):
+        with whole_partitions(self._source.parameters()):
             self._fill(None if exact else self._dtype)
             self._open = True
             try:
@@ -109,6 +109,28 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype | None:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     return None
+
+
+@contextmanager
+def buffers_left_whole(module: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """While FSDP2 takes ``module``, hide its persistent buffers (BART's bias of the logits); then all have rank 0's.
+
+    Accelerate would take them for weights that it has split, and fail.
+    """
+    hidden = []
+    if accelerator.distributed_type == DistributedType.FSDP:
+        for owner in module.modules():
+            names = owner._buffers.keys() - owner._non_persistent_buffers_set
+            hidden += [(owner, name) for name in sorted(names) if owner._buffers[name] is not None]
+    for owner, name in hidden:
+        owner._non_persistent_buffers_set.add(name)
+    try:
+        yield
+    finally:
+        for owner, name in hidden:
+            owner._non_persistent_buffers_set.discard(name)
+    for owner, name in hidden:
+        broadcast(owner._buffers[name])
 
 
 def shard_frozen(module: nn.Module, accelerator: Accelerator) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from yunque.data.targets import IGNORED
+from yunque.data.targets import IGNORED, decoder_inputs
 from yunque.distributed.layouts import data_ranks
 from yunque.metrics.bootstrap import bootstrap, paired_bootstrap
 from yunque.metrics.rouge import rouge_scores
@@ -104,9 +104,7 @@ class HeldOut:
         labels, _ = pad(batch["labels"], IGNORED, device)
         inputs = {"input_ids": input_ids, "attention_mask": mask.long()}
         if model.config.is_encoder_decoder:
-            start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
-            before = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, self.adapter.pad_id)
-            inputs["decoder_input_ids"] = torch.cat([start, before], dim=1)
+            inputs["decoder_input_ids"] = decoder_inputs(labels, model)
         logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :]  # without those of virtual tokens
         if not model.config.is_encoder_decoder:
             logits, labels = logits[:, :-1], labels[:, 1:]

@@ -18,7 +18,8 @@ from transformers import TrainingArguments
 from yunque.distributed.resumable import ResumableTrainer
 from yunque.distributed.trainers import LengthGroupedSampler
 from yunque.models.adapter import ModelAdapter
-from yunque.models.policy import Policy, Reference, disable_dropout, eval_mode, score_tokens
+from yunque.models.copying import eval_mode
+from yunque.models.policy import Policy, Reference, disable_dropout, score_tokens
 from yunque.models.preference_losses import Objective, PairLosses, PairScores
 from yunque.models.preference_pairs import REFERENCE, PairCollator, answer_tokens, scoring_batch
 
@@ -40,6 +41,7 @@ class PreferenceTrainer(ResumableTrainer):
     sums are divided by counts over all ranks and accumulated batches.
     """
 
+    eval_metrics = ("loss", *_SUMS, "rewards/margins")
     group_by_length = False
     loss_is_scaled_for_ga = True
     objective: Objective
@@ -69,7 +71,6 @@ class PreferenceTrainer(ResumableTrainer):
         self.adapter, self.objective = adapter, objective
         self.policy = Policy(self.model, adapter, value_head=False)
         self.reference: Reference | None = None
-        self._sums: Tensor | None = None
 
     def keep_reference(self, *, adapter_is_trained: bool) -> None:
         """Keep the model as it is now to compare with: by its adapters where it has them, else as a frozen copy.
@@ -80,8 +81,9 @@ class PreferenceTrainer(ResumableTrainer):
         self.reference = Reference(self.policy, adapter_is_trained=adapter_is_trained, model=copy)
 
     def precompute_reference(self, cache: Path) -> None:
-        """Score the train pairs with the model as it is now, or read what a former run left in ``cache``."""
-        rows: Any = self.train_dataset
+        """Score train and evaluated pairs with the model as it is now, or read what a former run left in ``cache``."""
+        parts: list[Any] = [part for part in (self.train_dataset, self.eval_dataset) if part is not None]
+        rows: Any = datasets.concatenate_datasets(parts).sort("row", keep_in_memory=True)
         scores_N2 = np.load(cache, allow_pickle=False) if cache.is_file() else None
         if scores_N2 is None or len(scores_N2) != len(rows):
             scores_N2 = self.log_probabilities(rows)
@@ -144,10 +146,12 @@ class PreferenceTrainer(ResumableTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the pairs' means since the last line to a line that holds a loss."""
-        if "loss" in logs and self._sums is not None:
+        prefix = "eval_" if "eval_loss" in logs else ""
+        if f"{prefix}loss" in logs and self._sums is not None:
             count, *sums = self.accelerator.reduce(self._sums, reduction="sum").tolist()
             means = {name: value / count for name, value in zip(_SUMS, sums, strict=True)}
-            logs |= means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+            logs |= {f"{prefix}{name}": value for name, value in means.items()}
             self._sums = None
         super().log(logs, start_time)
 

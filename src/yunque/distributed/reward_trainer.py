@@ -16,6 +16,8 @@ from yunque.distributed.trainers import LengthGrouping
 class PairTrainer(LengthGrouping, RewardTrainer):
     """RewardTrainer on rows of "chosen_ids", "rejected_ids" and maybe "margin", batches grouped by length if asked."""
 
+    eval_metrics = ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")
+
     def rewards(self, rows: Any) -> np.ndarray:
         """Rewards (rows, 2) of the chosen and the rejected answers, in float32."""
         return np.asarray(Trainer.predict(self, rows).predictions)

@@ -6,13 +6,14 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from yunque.artifacts import CHECKPOINTS, LOG, prepare_output_dir
 from yunque.distributed.arguments import RunArguments
+from yunque.distributed.identity import run_identity
 from yunque.distributed.layouts import data_ranks
 from yunque.distributed.start import precision
 from yunque.errors import InputError, Stopped, disk_full, is_disk_full
@@ -25,12 +26,6 @@ if TYPE_CHECKING:
     from yunque.distributed.trainers import LengthGrouping
 
     AnyTrainingArguments = TypeVar("AnyTrainingArguments", bound=TrainingArguments)
-
-_SAME = (
-    *("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
-    *("label_smoothing_factor", "train_sampling_strategy"),
-)
-"""Options that a resumed run must share with its checkpoint; how long it goes on is free."""
 
 
 @dataclass
@@ -48,6 +43,9 @@ class SupervisedArguments(RunArguments):
         default="linear", metadata={"help": "Schedule of the learning rate."}
     )
     warmup_steps: float = field(default=0, metadata={"help": "Steps of linear warm-up; below 1 a share of all steps."})
+    warmup_ratio: float | None = field(
+        default=None, metadata={"help": "Share of all steps for warm-up; the same as a warmup_steps below 1."}
+    )
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decay, biases and norms left out."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Clip of the gradient's norm."})
     label_smoothing_factor: float = field(default=0.0, metadata={"help": "Share of the target spread over all labels."})
@@ -55,12 +53,33 @@ class SupervisedArguments(RunArguments):
         default="random", metadata={"help": "Order of rows; group_by_length pads less."}
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes of a rank that collate batches."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between lines of the log."})
     save_steps: int = field(default=200, metadata={"help": "Steps between checkpoints."})
+    eval_strategy: Literal["no", "steps", "epoch"] | None = field(
+        default=None,
+        metadata={"help": "When eval_loss is measured while training; steps where eval_steps is given, else no."},
+    )
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "Steps between evaluations; logging_steps if eval_strategy alone is given."}
+    )
+    eval_size: float = field(
+        default=0.1, metadata={"help": "Share of the train rows held out for these evaluations; never test rows."}
+    )
+    load_best_model_at_end: bool = field(
+        default=False, metadata={"help": "Keep each best checkpoint, and end with the weights of the best one."}
+    )
+    metric_for_best_model: str | None = field(
+        default=None, metadata={"help": "What best goes by: loss (default), or another eval_ value of the log."}
+    )
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Whether more of it is better; by default unless its name ends with loss."}
+    )
 
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
+        self._check_evaluations()
         for name in (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
@@ -68,10 +87,31 @@ class SupervisedArguments(RunArguments):
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} is too small; give 1 or more")
+        if self.dataloader_num_workers < 0:
+            raise InputError(f"dataloader_num_workers: {self.dataloader_num_workers} is negative; give 0 or more")
+        if self.warmup_ratio is not None:
+            if not 0 <= self.warmup_ratio < 1:
+                raise InputError(f"warmup_ratio: {self.warmup_ratio} is not a share in [0, 1); see warmup_steps")
+            if self.warmup_steps not in (0, self.warmup_ratio):
+                raise InputError("warmup_ratio: warmup_steps is given too; leave one of them out")
+            self.warmup_steps = self.warmup_ratio
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate: {self.learning_rate} is not positive")
         if not 0 <= self.label_smoothing_factor < 1:
             raise InputError(f"label_smoothing_factor: {self.label_smoothing_factor} is not a share in [0, 1)")
+
+    def _check_evaluations(self) -> None:
+        if self.eval_strategy is None:
+            self.eval_strategy = "no" if self.eval_steps is None else "steps"
+        if self.eval_steps is not None and self.eval_steps < 1:
+            raise InputError(f"eval_steps: {self.eval_steps} is too small; give 1 or more")
+        if self.eval_steps is not None and self.eval_strategy != "steps":
+            raise InputError(f"eval_steps: eval_strategy is {self.eval_strategy}; leave one of them out")
+        if not 0 < self.eval_size < 1:
+            raise InputError(f"eval_size: {self.eval_size} is not a share in (0, 1)")
+        for name in ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"):
+            if getattr(self, name) not in (None, False) and self.eval_strategy == "no":
+                raise InputError(f"{name}: nothing is evaluated while training; add eval_steps or eval_strategy epoch")
 
 
 def trainer_arguments(
@@ -119,6 +159,7 @@ def trainer_arguments(
             bf16=bf16,
             report_to=args.report_to or ["none"],
             dataloader_pin_memory=False,
+            dataloader_num_workers=args.dataloader_num_workers,
             **extra,
         )
     except ValueError as error:
@@ -141,11 +182,15 @@ def claim_output_dir(args: RunArguments) -> None:
 
 
 def fit(
-    trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments, before: Callable[[], Any] | None = None
+    trainer: LengthGrouping | PreferenceTrainer,
+    args: SupervisedArguments,
+    config: Mapping[str, Any],
+    before: Callable[[], Any] | None = None,
 ) -> tuple[dict[str, float], Any]:
     """Train, from the last checkpoint under ``resume``; return first and last loss, steps and time.
 
-    ``before`` measures the start model, when the engine has it; what it returned, as JSON keeps it, comes second.
+    ``config`` are all options of the run, by which a resumed one is known to be the same. ``before`` measures the
+    start model, when the engine has it; what it returned, as JSON keeps it, comes second.
 
     Raises:
         CheckFailed: the loss is not a number.
@@ -159,11 +204,10 @@ def fit(
 
     folder = Path(args.output_dir)
     trainer.group_by_length = args.train_sampling_strategy == "group_by_length"
-    trainer.identity = _identity(trainer, args)
-    # torch's copy of what it writes in the background fails on tensor-parallel weights of ranks after the first
-    background = args.async_save and tensor_parallel() is None
+    _plan_evaluations(trainer, args)
+    trainer.identity = _identity(trainer, args, config)
     trainer.checkpoints = Checkpoints(
-        folder / CHECKPOINTS, trainer.accelerator, keep=args.save_total_limit, asynchronous=background
+        folder / CHECKPOINTS, trainer.accelerator, keep=args.save_total_limit, asynchronous=args.async_save
     )
     _keep_outputs_exact(trainer)
     if tensor_parallel():
@@ -194,17 +238,71 @@ def fit(
         "train_wall_s": time.perf_counter() - wall_s,
         "train_cpu_s": time.process_time() - cpu_s,
     }
+    if args.load_best_model_at_end:
+        metrics |= trainer.load_best()
     return metrics, start.result
+
+
+def _plan_evaluations(trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments) -> None:
+    """Hold rows out and say when to evaluate on them; the Trainer is told of no epochs, which it ends after saving.
+
+    Raises:
+        InputError: another metric than the trainer's, too few rows.
+    """
+    if args.eval_strategy == "no":
+        return
+    from transformers.trainer_utils import IntervalStrategy
+
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in trainer.eval_metrics:
+        raise InputError(f"metric_for_best_model: there is no '{metric}'; choose of {', '.join(trainer.eval_metrics)}")
+    rows, held_out = split_off(trainer.train_dataset, args.eval_size, args.seed)
+    trainer.train_dataset, trainer.eval_dataset = rows, held_out
+    options = trainer.args
+    options.eval_strategy = IntervalStrategy.STEPS
+    options.eval_steps = args.eval_steps or args.logging_steps
+    if args.eval_strategy == "epoch":
+        _, ranks = data_ranks(trainer.accelerator.process_index, trainer.accelerator.num_processes)
+        batches = math.ceil(len(rows) / (args.per_device_train_batch_size * ranks))
+        options.eval_steps = math.ceil(batches / args.gradient_accumulation_steps)
+    options.metric_for_best_model = f"eval_{metric}"
+    better = args.greater_is_better
+    options.greater_is_better = not metric.endswith("loss") if better is None else better
+    trainer.keep_best = args.load_best_model_at_end
+
+
+def split_off(rows: Any, share: float, seed: int) -> tuple[Any, Any]:
+    """Hold ``share`` of ``rows`` out, drawn by ``seed``; rows of one prompt, or equal ones, stay together.
+
+    Raises:
+        InputError: nothing would be left to train on.
+    """
+    import numpy as np
+
+    columns = [name for name in ("prompt_ids", "input_ids", "chosen_ids") if name in rows.column_names]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, ids in enumerate(rows[columns[0]]):
+        groups.setdefault(tuple(ids), []).append(number)
+    members = list(groups.values())
+    held: set[int] = set()
+    for group in np.random.default_rng(seed).permutation(len(members))[:-1].tolist():
+        if len(held) >= share * len(rows):
+            break
+        held.update(members[group])
+    if not held:
+        raise InputError(f"eval_size: {len(rows)} rows of one prompt cannot be split; leave the evaluations out")
+    kept = [number for number in range(len(rows)) if number not in held]
+    return rows.select(kept, keep_in_memory=True), rows.select(sorted(held), keep_in_memory=True)
 
 
 def _measured(trainer: LengthGrouping | PreferenceTrainer, before: Callable[[], Any] | None) -> Any:
     """What ``before`` returns; then ZeRO-3 forgets its forward passes, by whose order it would gather weights."""
+    from yunque.distributed.zero import forget_forward_passes
+
     if before is None:
         return None
     result = before()
-    offload = getattr(getattr(trainer.model_wrapped, "optimizer", None), "parameter_offload", None)
-    if offload is not None and not offload.get_param_coordinator().is_invalid_trace():
-        offload.get_param_coordinator()._invalidate_trace()
+    forget_forward_passes(trainer.model_wrapped)
     return result
 
 
@@ -215,18 +313,16 @@ def _keep_outputs_exact(trainer: LengthGrouping | PreferenceTrainer) -> None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
-def _identity(trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments) -> dict[str, Any]:
-    """What decides the curve of a run: none of it may change when the run is resumed."""
-    same = {name: getattr(args, name) for name in _SAME}
-    model: Any = trainer.model
+def _identity(
+    trainer: LengthGrouping | PreferenceTrainer, args: SupervisedArguments, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What decides the curve of a run; of how a batch is spread over ranks and passes, only its size."""
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
     rows: Any = trainer.train_dataset
     _, ranks = data_ranks(trainer.accelerator.process_index, trainer.accelerator.num_processes)
-    return same | {
-        "model_name_or_path": model.config._name_or_path,
+    return run_identity({name: value for name, value in config.items() if name not in sizes}) | {
         "train rows": len(rows),
-        "per_device_train_batch_size x gradient_accumulation_steps x ranks": (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
-        ),
+        " x ".join([*sizes, "ranks"]): args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks,
     }
 
 

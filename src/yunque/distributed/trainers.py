@@ -87,7 +87,30 @@ class LengthGrouping(ResumableTrainer):
 
 
 class ClassifierTrainer(LengthGrouping):
-    """Trainer whose batches may be grouped by length."""
+    """Trainer whose batches may be grouped by length; it evaluates accuracy too."""
+
+    eval_metrics = ("loss", "accuracy")
+
+    model: Any
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of a batch; where nothing trains, hits are counted."""
+        labels = inputs["labels"]  # the Trainer takes them out
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not self.model.training:
+            hits = outputs.logits.argmax(dim=-1) == labels
+            counts = torch.stack([hits.sum(), torch.full_like(hits.sum(), hits.numel())])
+            self._sums = counts if self._sums is None else self._sums + counts
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the accuracy to the line of an evaluation."""
+        if "eval_loss" in logs and self._sums is not None:
+            hits, count = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+            logs["eval_accuracy"] = hits / count
+        super().log(logs, start_time)
 
 
 class AnswerTrainer(LengthGrouping, Seq2SeqTrainer):

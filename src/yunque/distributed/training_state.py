@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.fsdp import FSDPModule
 
 from yunque.distributed import zero
 
@@ -93,6 +94,9 @@ def restore(training: Training, folder: Path, numbers: Mapping[str, Any]) -> Non
     Raises:
         ValueError: the checkpoint is of another model; the message names the first weight that differs.
     """
+    for module in training.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward pass left the root's weights gathered: the next would compute with them
     parameters = training.parameters
     saved: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     _check_same_model({key: tuple(found.size) for key, found in saved.items()}, parameters)

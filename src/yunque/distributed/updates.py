@@ -13,6 +13,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from yunque.distributed.gathering import buffers_left_whole
+
 
 class Updates:
     """Backward passes that add up and steps that apply or drop the sum, by torch's own optimizer.
@@ -76,9 +78,11 @@ class DeepSpeedUpdates(Updates):
 
     def backward(self, loss: Tensor, void: Callable[[], bool]) -> None:
         """As above."""
-        # the one way to drop gradients that is the same for every stage: what it does when they overflow
-        factor = float("nan") if void() else float(self.data_ranks)
-        self.module.backward(loss * factor)
+        loss = loss * self.data_ranks
+        if void():
+            # the one way to drop gradients that is the same for every stage: what it does when they overflow
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        self.module.backward(loss)
 
     def step(self, *, void: bool) -> bool:
         """As above; ``void`` steps have been made so by ``backward``."""
@@ -106,7 +110,8 @@ def prepare_updates(
         plugin = accelerator.state.fsdp_plugin
         # log-probabilities leave the model in float32: a ratio of two that were rounded to bf16 says nothing
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
-    prepared, optimizer = accelerator.prepare(module, optimizer)
+    with buffers_left_whole(module, accelerator):
+        prepared, optimizer = accelerator.prepare(module, optimizer)
     updates = DeepSpeedUpdates if kind == DistributedType.DEEPSPEED else Updates
     return updates(accelerator, prepared, optimizer, max_grad_norm)
 

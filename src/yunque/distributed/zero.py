@@ -18,6 +18,13 @@ def holds(model: nn.Module) -> bool:
     return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
 
 
+def forget_forward_passes(engine: Any) -> None:
+    """Let ZeRO-3 forget the order of the modules it has seen so far, by which it would gather weights in training."""
+    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    if offload is not None and not offload.get_param_coordinator().is_invalid_trace():
+        offload.get_param_coordinator()._invalidate_trace()
+
+
 def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
     """The whole parameter's shape: ZeRO-3 leaves an empty tensor in its place."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -58,7 +58,8 @@ class HeldOut:
                 )
         texts = [self.decode(response.tokens) for response in responses]
         num_tokens = [len(response.tokens) for response in responses]
-        given = self.reward.scores([self.prompts.texts[row] for row in self.rows], texts, num_tokens)
+        queries = [self.prompts.texts[row] for row in self.rows]
+        given = self.reward.scores(queries, texts, num_tokens, self.prompts.columns_of(self.rows))
         assert given.probabilities is not None, "recipes refuse a reward that measures nothing"
         scored = self.trainer.gather(list(zip(texts, given.total.tolist(), given.probabilities.tolist(), strict=True)))
         all_texts, rewards, probabilities = (list(column) for column in zip(*scored, strict=True))

@@ -18,7 +18,7 @@ from yunque.models.dola import DolaModel
 from yunque.models.inference import InferenceModel, model_bytes
 from yunque.models.policy import has_plain_head, score_tokens
 from yunque.models.quantized import weight_bytes
-from yunque.rl.rollout import generate
+from yunque.rl.rollout import check_rollouts, generate
 from yunque.rl.statistics import peak_memory_bytes
 
 
@@ -102,6 +102,8 @@ class TorchGenerator:
         self.model, self.tokenizer = loaded.model.to(device), loaded.tokenizer
         self.adapter = adapter_for(self.model, self.tokenizer)
         self.is_encoder_decoder: bool = self.model.config.is_encoder_decoder
+        if not loaded.has_virtual_tokens:
+            check_rollouts(self.model, self.adapter, device)
         self.lean = not loaded.has_virtual_tokens and has_plain_head(self.model, self.adapter)
 
     def prompt_limit(self, max_new_tokens: int) -> int:

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from yunque import runtime
+from yunque.data.encoding import encode
 from yunque.errors import InputError
 from yunque.evaluation.arguments import EvaluatedModelArguments, EvaluationArguments, HeldOutArguments
 from yunque.evaluation.onnx_generator import is_onnx
-from yunque.models.arguments import ModelArguments
 from yunque.models.embedded import EMBEDDED, ensure_embedded
-from yunque.models.loading import load_classifier, load_config
-from yunque.rl.rewards import ClassifierScorer, softmax
+from yunque.models.loading import load_classifier, load_labels
+from yunque.rl.rewards import MULTI_LABEL, ClassifierScorer, label_probabilities
 from yunque.runtime.spec import label_indices, read_spec
 
 _OPTION = "toxicity_model_name_or_path"
@@ -68,7 +68,7 @@ class ToxicityJudge:
         values = [float("nan")] * len(texts)
         if read:
             logits = self._logits([texts[row] for row in read])
-            probabilities = sigmoid(logits) if self.is_multi_label else softmax(logits)
+            probabilities = label_probabilities(logits, multi_label=self.is_multi_label)
             for row, value in zip(read, probabilities[:, self.index].tolist(), strict=True):
                 values[row] = value
         return values
@@ -77,7 +77,7 @@ class ToxicityJudge:
         if self.onnx is not None:
             return [len(ids) for ids in self.onnx.encode(list(texts))]
         assert self.scorer is not None, "load the judge first"
-        return [len(ids) for ids in self.scorer.tokenizer(list(texts), verbose=False)["input_ids"]]
+        return [len(ids) for ids in encode(self.scorer.tokenizer, texts)]
 
     def _logits(self, texts: Sequence[str]) -> np.ndarray:
         if self.onnx is not None:
@@ -86,18 +86,10 @@ class ToxicityJudge:
         return self.scorer.logits(texts)
 
 
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Probability of each label by itself."""
-    return np.exp(-np.logaddexp(0.0, -logits))
-
-
 def _torch_labels(name: str) -> tuple[dict[str, int], bool]:
-    try:
-        config = load_config(name, ModelArguments(model_name_or_path=name))
-    except InputError as error:
-        raise InputError(f"toxicity_{error}") from error
+    config = load_labels(name, _OPTION)
     labels = label_indices({int(index): label for index, label in (config.id2label or {}).items()})
-    return labels, config.problem_type == "multi_label_classification"
+    return labels, config.problem_type == MULTI_LABEL
 
 
 def _onnx_labels(name: str) -> tuple[dict[str, int], bool]:

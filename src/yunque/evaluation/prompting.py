@@ -12,7 +12,7 @@ import datasets
 
 from yunque import artifacts
 from yunque.data.arguments import TEXT_FIELD, DataArguments
-from yunque.data.chat import chat_frame
+from yunque.data.chat import MESSAGES, chat_frame
 from yunque.data.held_out import HeldOutRows, load_held_out
 from yunque.data.prompts import prepare_prompts
 from yunque.errors import InputError
@@ -53,8 +53,8 @@ def prepare(generator: Generator, args: HeldOutArguments, model: str, max_new_to
     template, chat, notes = _template(args, model)
     data = args.data(template)
     rows = load_held_out(data, split=args.test_split, max_rows=args.max_test_samples, id_column=args.id_column)
-    texts = datasets.Dataset.from_dict({"text": rows.texts})
-    if chat:
+    texts = datasets.Dataset.from_dict({"text": rows.texts} | ({MESSAGES: rows.messages} if rows.messages else {}))
+    if chat and not rows.messages:
         texts = chat_frame(generator.tokenizer, args.system_prompt).wrap(texts, template)
     prepared = prepare_prompts(
         texts,
@@ -64,6 +64,11 @@ def prepare(generator: Generator, args: HeldOutArguments, model: str, max_new_to
         model_limit=generator.prompt_limit(max_new_tokens),
         special_tokens=not chat,
     )
+    if len(prepared.dataset) < len(rows.texts):
+        raise InputError(
+            f"max_prompt_length: {len(rows.texts) - len(prepared.dataset)} conversations are longer; raise it, or "
+            "leave them out"
+        )
     notes += rows.notes
     if prepared.report.truncated:
         notes.append(str(prepared.report))

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from yunque import runtime
+from yunque.data.encoding import encode
 from yunque.errors import InputError
 from yunque.export.source import Source
 from yunque.models.adapter import adapter_for
@@ -84,7 +85,7 @@ def write_texts(
         InputError: no prompt is left.
     """
     most = min(longest_prompt(source, new_tokens), max_tokens or 1 << 30)
-    encoded = [list(row) for row in source.tokenizer(list(prompts), verbose=False)["input_ids"]]
+    encoded = encode(source.tokenizer, prompts)
     rows = sorted((row for row in encoded if 0 < len(row) <= most), key=len)
     if not rows:
         raise InputError(
@@ -163,7 +164,7 @@ def folder_logits(folder: Path, kind: str) -> Logits:
 
 def measure_fidelity(source: Source, quantized: Logits, texts: Sequence[Text], origin: str) -> Fidelity:
     """Compare over ``texts``, whose answers are the float model's greedy ones."""
-    reference = torch_logits(source.model, source.kind)
+    reference = torch_logits(source.reference, source.kind)
     differences, divergences, equal, tokens = [], [], 0, 0
     for text in texts:
         theirs, ours = (logits(text.prompt, text.answer) for logits in (reference, quantized))

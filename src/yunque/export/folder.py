@@ -20,6 +20,7 @@ from yunque.export.optimum_parity import check_optimum_parity
 from yunque.export.parity import check_parity, find_prompts
 from yunque.export.quantized import Precision, Written
 from yunque.export.source import Source, load_source
+from yunque.export.texts import check_texts
 from yunque.export.weights import WeightFile
 from yunque.models.adapter import end_token_ids, record_end_tokens
 from yunque.models.positions import fixed_rotary_limit
@@ -114,6 +115,7 @@ def _save_configuration(source: Source, folder: Path) -> None:
         record_end_tokens(source.model, source.tokenizer)
         source.model.generation_config.save_pretrained(folder)
     source.tokenizer.save_pretrained(folder)
+    check_texts(source.tokenizer, folder, chats=source.kind != "classifier")
 
 
 def specification(source: Source, files: dict[str, str]) -> ModelSpec:

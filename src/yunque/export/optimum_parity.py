@@ -11,6 +11,7 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
+from yunque.data.encoding import encode
 from yunque.errors import InputError
 from yunque.export.parity import Parity, Written, against_torch, compare_labels, log_softmax, passed
 from yunque.export.source import Source
@@ -39,7 +40,7 @@ def check_optimum_parity(
     most = spec.max_positions
     tokens = min(tokens, most // 2) if most else tokens
     room = (most or 512) if source.kind == "classifier" else most - tokens if most else None
-    ids = [row[:room] for row in source.tokenizer(list(prompts), verbose=False)["input_ids"] if row]
+    ids = [row[:room] for row in encode(source.tokenizer, prompts) if row]
     if not ids:
         raise InputError("parity_dataset: no prompt has a token; give other texts")
     with torch.inference_mode():

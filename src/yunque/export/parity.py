@@ -110,7 +110,7 @@ def _renamed(message: str, options: str) -> str:
 def check_parity(
     source: Source, folder: Path, prompts: Sequence[str], origin: str, *, tokens: int, tolerance: float
 ) -> Parity:
-    """Compare ``folder`` with the torch model on ``prompts``.
+    """Compare ``folder`` with the torch model on ``prompts``, an adapter as it was before merging.
 
     Raises:
         CheckFailed: a logit differs by more than ``tolerance``, or a greedy token without being a tie.
@@ -147,7 +147,7 @@ def passed(parity: Parity, tolerance: float) -> Parity:
 
 def compare_labels(source: Source, ids: Sequence[Sequence[int]], ours: NDArray[np.float32], origin: str) -> Parity:
     """``ours`` [texts, labels] against torch's logits of the same texts."""
-    theirs = np.concatenate([source.model(torch.tensor([list(row)])).logits.numpy() for row in ids])
+    theirs = np.concatenate([source.reference(torch.tensor([list(row)])).logits.numpy() for row in ids])
     difference = float(np.abs(ours - theirs).max())
     equal = int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
     return Parity(len(ids), origin, difference, 0.0, len(ids), equal, 0, float(np.sqrt(np.square(theirs).mean())))
@@ -222,11 +222,11 @@ def against_torch(
 def _torch_logits(source: Source, start: int | None, prompt: list[int], answer: list[int]) -> NDArray[np.float32]:
     """Torch's logits [answer, vocabulary] for every token of ``answer``."""
     if source.kind == "seq2seq":
-        output = source.model(
+        output = source.reference(
             input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[start, *answer[:-1]]]), use_cache=False
         )
         return np.asarray(output.logits[0].numpy())
-    output = source.model(input_ids=torch.tensor([[*prompt, *answer[:-1]]]), use_cache=False)
+    output = source.reference(input_ids=torch.tensor([[*prompt, *answer[:-1]]]), use_cache=False)
     return np.asarray(output.logits[0, len(prompt) - 1 :].numpy())
 
 

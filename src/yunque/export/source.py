@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from yunque import artifacts
 from yunque.errors import InputError
@@ -20,8 +21,17 @@ from yunque.export.decoder import Parts
 from yunque.export.graph import ACTIVATIONS, Config, Graph, State
 from yunque.export.quantized import Precision
 from yunque.export.weights import WeightFile
+from yunque.models.adapter_folders import adapter_config, check_vocabulary, has_virtual_tokens, put_on, tokenizer_source
 from yunque.models.arguments import ModelArguments
-from yunque.models.loading import adapter_config, load_base, load_classifier, load_config
+from yunque.models.loading import (
+    base_arguments,
+    load_adapted_classifier,
+    load_base_of,
+    load_classifier,
+    load_config,
+    no_tokenizer,
+)
+from yunque.models.merging import merged
 from yunque.runtime.spec import Kind
 
 _LANGUAGE_FAMILIES: dict[str, tuple[Kind, str]] = {
@@ -47,6 +57,15 @@ class Source:
     model: Any
     tokenizer: Any
     base_name: str | None  # of an adapter that was merged
+    args: ModelArguments = field(default_factory=ModelArguments)
+
+    @cached_property
+    def reference(self) -> Any:
+        """What the export is compared with: an adapter on its base, unmerged, as it lies in the user's files."""
+        if self.base_name is None:
+            return self.model
+        model = _load_adapted(self.name, self.kind == "classifier", self.args)[0]
+        return model.float().eval()
 
     @property
     def config(self) -> Config:
@@ -109,20 +128,22 @@ def load_source(name: str, revision: str, trust_remote_code: bool, *, to_export:
     _refuse_onnx(name)
     adapter = adapter_config(name)
     base = adapter["base_model_name_or_path"] if adapter else name
-    config = load_config(base, args)
-    is_classifier = adapter["task_type"] == "SEQ_CLS" if adapter else _is_classifier(config)
+    config = load_config(base, base_arguments(args, adapter))
+    is_classifier = adapter.get("task_type") == "SEQ_CLS" if adapter else _is_classifier(config)
     kind = _kind(config, is_classifier, to_export)
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"model_name_or_path: {base} is quantized already; export its float model")
-    if is_classifier:
-        model, tokenizer = _load_classifier(name, base, adapter)
-    else:
-        model, tokenizer = load_base(base, args), _load_tokenizer(name, base, args)
     if adapter:
-        model = _merge(model, name)
+        adapted, tokenizer = _load_adapted(name, is_classifier, args)
+        model = _merged(adapted)
+    elif is_classifier:
+        model, tokenizer = load_classifier(name, "model_name_or_path")
+    else:
+        model, tokenizer = load_base_of(name, None, args), _load_tokenizer(name, args)
+    check_vocabulary(model, tokenizer, name)
     if to_export and not getattr(tokenizer, "is_fast", False):
         raise InputError(f"model_name_or_path: the tokenizer of {name} has no tokenizer.json, which the runtime reads")
-    return Source(name, kind, model.float().eval(), tokenizer, base if adapter else None)
+    return Source(name, kind, model.float().eval(), tokenizer, base if adapter else None, args)
 
 
 def _kind(config: Config, is_classifier: bool, to_export: bool) -> Kind:
@@ -146,31 +167,36 @@ def _is_classifier(config: Config) -> bool:
     )
 
 
-def _load_classifier(name: str, base: str, adapter: Mapping[str, Any] | None) -> tuple[PreTrainedModel, Any]:
-    if adapter is None:
-        return load_classifier(name, "model_name_or_path")
-    return AutoModelForSequenceClassification.from_pretrained(base), _load_tokenizer(name, base, None)
-
-
-def _load_tokenizer(name: str, base: str, args: ModelArguments | None) -> Any:
-    """The tokenizer of ``name``, or of its base where an adapter came without; it needs no pad token."""
-    where = base if Path(name).is_dir() and not (Path(name) / "tokenizer.json").is_file() else name
-    try:
-        revision = args.model_revision if args and not Path(where).exists() else "main"
-        return AutoTokenizer.from_pretrained(where, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model_name_or_path: cannot load a tokenizer from {where}: {error}") from error
-
-
-def _merge(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The model with the adapter of folder ``name`` in its weights."""
-    adapted = PeftModel.from_pretrained(model, name)
-    if adapted.active_peft_config.is_prompt_learning:
+def _load_adapted(name: str, is_classifier: bool, args: ModelArguments) -> tuple[PeftModel, Any]:
+    """The adapter of folder ``name`` on its base, and its tokenizer."""
+    adapter = adapter_config(name)
+    assert adapter is not None, "the caller has looked"
+    if has_virtual_tokens(adapter):
         raise InputError(
             f"model_name_or_path: {name} holds virtual tokens (prompt tuning), which are no weights to merge; "
             "export a LoRA adapter or a whole model"
         )
-    return adapted.merge_and_unload()
+    if is_classifier:
+        return load_adapted_classifier(name, adapter, "model_name_or_path")
+    return put_on(load_base_of(name, adapter, args), name, adapter), _load_tokenizer(name, args)
+
+
+def _load_tokenizer(name: str, args: ModelArguments) -> Any:
+    """The tokenizer of ``name``, or of its base where an adapter came without; it needs no pad token."""
+    adapter = adapter_config(name)
+    where = tokenizer_source(name, adapter)
+    try:
+        revision = "main" if Path(where).exists() else base_arguments(args, adapter).model_revision
+        return AutoTokenizer.from_pretrained(where, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise no_tokenizer(where, error) from error
+
+
+def _merged(adapted: PeftModel) -> PreTrainedModel:
+    try:
+        return merged(adapted.float())
+    except InputError as error:
+        raise InputError(str(error).replace("merge_adapter", "model_name_or_path", 1)) from error
 
 
 def float_model(name: str) -> str:

@@ -6,6 +6,8 @@ belongs to response token t: its log-probability, and the value of the state bef
 
 from __future__ import annotations
 
+import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from yunque.errors import InputError
 from yunque.models.positions import position_limit
 
 TokenIds = Sequence[int]
+
+_POSITION_TABLE = re.compile(r"wpe|(embed_positions?|position_embeddings?|pos_embed\w*)")
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,17 @@ class ModelAdapter(ABC):
         self.config = config = model.config
         self.pad_id: int = tokenizer.pad_token_id
         self.eos_ids: list[int] = end_token_ids(model, tokenizer)
-        self.hidden_size: int = config.get_text_config(decoder=True).hidden_size
+        self.hidden_size: int = _state_size(model)
         self.tokenizer_limit: int = tokenizer.model_max_length
+        self.forward_names = forward_names(model)
+        is_encoder_decoder = config.is_encoder_decoder
+        self.positions = readable_positions(model.get_decoder() if is_encoder_decoder else model, tokenizer)
+        self.query_positions = 0
+        if is_encoder_decoder:
+            window = getattr(config, "attention_window", 1)
+            limit = readable_positions(model.get_encoder(), tokenizer)
+            # LED pads every text to whole windows, and numbers the padding too
+            self.query_positions = limit - limit % max(window if isinstance(window, list) else [window])
 
     @abstractmethod
     def generation_inputs(self, queries: Sequence[TokenIds], device: torch.device) -> dict[str, Tensor]:
@@ -69,14 +82,14 @@ class ModelAdapter(ABC):
             InputError: such responses leave no room for a prompt, or do not fit themselves.
         """
 
-    @property
-    def _positions(self) -> int:
-        positions = position_limit(self.config.get_text_config(decoder=True))
-        return min(positions or self.tokenizer_limit, self.tokenizer_limit)
+    def position_ids(self, attention_mask: Tensor) -> dict[str, Tensor]:
+        """Number real tokens only, for models that take positions: a GPT-2 would count the padding too."""
+        numbered = "position_ids" in self.forward_names
+        return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0)} if numbered else {}
 
     def _refuse(self, max_new_tokens: int) -> InputError:
         return InputError(
-            f"max_new_tokens: responses of {max_new_tokens} tokens go beyond the {self._positions} positions of "
+            f"max_new_tokens: responses of {max_new_tokens} tokens go beyond the {self.positions} positions of "
             f"{self.config.model_type}; lower it"
         )
 
@@ -113,9 +126,9 @@ class EncoderDecoder(ModelAdapter):
 
     def prompt_limit(self, max_new_tokens: int) -> int:
         """Prompt and response each have all positions; where these are relative, the tokenizer's limit stands in."""
-        if max_new_tokens > self._positions:
+        if max_new_tokens > self.positions:
             raise self._refuse(max_new_tokens)
-        return self._positions
+        return self.query_positions
 
 
 class DecoderOnly(ModelAdapter):
@@ -137,15 +150,16 @@ class DecoderOnly(ModelAdapter):
         response_BR, mask_BR = pad(responses, self.pad_id, device)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], response_BR[:, :-1]], dim=1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask_BR[:, :-1].long()], dim=1)
-        # without explicit positions an absolute-position model (GPT-2) would count the padding too
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        return ScoringBatch(inputs, response_BR, mask_BR)
+        return ScoringBatch(inputs | self.position_ids(inputs["attention_mask"]), response_BR, mask_BR)
 
     def score(self, model: nn.Module, batch: ScoringBatch) -> tuple[Tensor, Tensor]:
         """The last R columns predict the response; the head runs on them alone."""
         slots = batch.response_BR.shape[1]
-        output = model(**batch.inputs, output_hidden_states=True, use_cache=False, logits_to_keep=slots)
-        return output.logits, output.hidden_states[-1][:, -slots:]
+        output = model(**batch.inputs, output_hidden_states=True, use_cache=False, **self._last(slots))
+        return output.logits[:, -slots:], output.hidden_states[-1][:, -slots:]
+
+    def _last(self, slots: int) -> dict[str, int]:
+        return {"logits_to_keep": slots} if "logits_to_keep" in self.forward_names else {}
 
     def join_text(self, query: str, response: str) -> str:
         """The response continues the query."""
@@ -153,9 +167,9 @@ class DecoderOnly(ModelAdapter):
 
     def prompt_limit(self, max_new_tokens: int) -> int:
         """Prompt and response share the positions."""
-        if max_new_tokens >= self._positions:
+        if max_new_tokens >= self.positions:
             raise self._refuse(max_new_tokens)
-        return self._positions - max_new_tokens
+        return self.positions - max_new_tokens
 
 
 def adapter_for(model: Any, tokenizer: Any) -> ModelAdapter:
@@ -173,6 +187,42 @@ def pad(rows: Sequence[TokenIds], value: int, device: torch.device, *, left: boo
         padded[index, span] = torch.as_tensor(row, dtype=torch.long)
         mask[index, span] = True
     return padded.to(device), mask.to(device)
+
+
+def forward_names(model: Any) -> set[str]:
+    """Names of what the language model, under an adapter too, takes in a forward pass."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(type(base).forward).parameters)
+
+
+def readable_positions(model: Any, tokenizer: Any) -> int:
+    """Tokens that ``model`` reads at once: by its own position tables, else its configuration, else the tokenizer.
+
+    Rows of a table that tokens never reach do not count: those up to the padding's (RoBERTa and kin number positions
+    from behind it) and a fixed offset (BART, OPT).
+    """
+    config = model.config.get_text_config(decoder=True)
+    tables = [
+        module.num_embeddings - _unreached_rows(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and _POSITION_TABLE.fullmatch(name.rpartition(".")[2])
+    ]
+    stated = [position_limit(config), getattr(config, "max_seq_len", None)]
+    limit = min(tables or [number for number in stated if number] or [tokenizer.model_max_length])
+    return int(min(limit, tokenizer.model_max_length))
+
+
+def _unreached_rows(table: nn.Embedding) -> int:
+    offset = getattr(table, "offset", 0)
+    return int(offset or (0 if table.padding_idx is None else table.padding_idx + 1))
+
+
+def _state_size(model: Any) -> int:
+    """Width of the last hidden states: what the head reads, which may be narrower than the layers (OPT-350M)."""
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        return int(head.in_features)
+    return int(model.config.get_text_config(decoder=True).hidden_size)
 
 
 def _padded_inputs(queries: Sequence[TokenIds], pad_id: int, device: torch.device, *, left: bool) -> dict[str, Tensor]:

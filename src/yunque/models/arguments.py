@@ -38,7 +38,8 @@ class ModelArguments:
     lora_alpha: int = field(default=32, metadata={"help": "LoRA scale: the update is alpha / r * B A x."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of the linear layers to adapt; PEFT's choice for the model if unset."}
+        default=None,
+        metadata={"help": "Names of the layers to adapt, or all-linear; PEFT's choice for the model if unset."},
     )
     merge_adapter: bool = field(
         default=False, metadata={"help": "Save base and adapter merged into one plain model folder."}

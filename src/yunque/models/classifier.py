@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yunque.data import chat
+from yunque.data.chat import MESSAGES
+from yunque.data.encoding import encode
 from yunque.errors import InputError
 from yunque.models.arguments import ModelArguments
 
@@ -25,23 +28,31 @@ def load_to_classify(args: ModelArguments, tokenizer: Any, label_names: Sequence
     Raises:
         InputError: the architecture has no classification form, or LoRA targets that match no layer.
     """
+    from yunque.models.start_check import read_checked
+
+    return read_checked(_load_to_classify)(args, tokenizer, label_names)
+
+
+def _load_to_classify(args: ModelArguments, tokenizer: Any, label_names: Sequence[str]) -> PreTrainedModel | PeftModel:
     from peft import TaskType
     from transformers import AutoModelForSequenceClassification
 
+    from yunque.models.copying import tied_by_whole_weights
     from yunque.models.loading import add_lora
 
     name = str(args.model_name_or_path)
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            revision=args.model_revision,
-            dtype=args.dtype,
-            attn_implementation=args.attn_implementation,
-            trust_remote_code=args.trust_remote_code,
-            id2label=dict(enumerate(label_names)),
-            label2id={label: number for number, label in enumerate(label_names)},
-            ignore_mismatched_sizes=True,
-        )
+        with tied_by_whole_weights():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                revision=args.model_revision,
+                dtype=args.dtype,
+                attn_implementation=args.attn_implementation,
+                trust_remote_code=args.trust_remote_code,
+                id2label=dict(enumerate(label_names)),
+                label2id={label: number for number, label in enumerate(label_names)},
+                ignore_mismatched_sizes=True,
+            )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model_name_or_path: cannot make a classifier of {name}: {error}") from error
     model.config.pad_token_id = tokenizer.pad_token_id  # decoder-only classifiers look for the last token before it
@@ -63,6 +74,8 @@ def save_classifier(
     save_model(model, tokenizer, folder, merge=True, weights=weights)
     if isinstance(model, PeftModel) and not merge:
         model.save_pretrained(str(folder / ADAPTER), state_dict=weights)
+        model.config.save_pretrained(folder / ADAPTER)  # the names of the labels, which PEFT does not keep
+        tokenizer.save_pretrained(folder / ADAPTER)
 
 
 def encode_texts(
@@ -78,18 +91,26 @@ def encode_texts(
     if max_length > tokenizer.model_max_length:
         raise InputError(f"max_length: {max_length} is more than the {tokenizer.model_max_length} the model reads")
     texts = list(dataset["text"])
-    whole = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-    cut = tokenizer(texts, return_attention_mask=False, truncation=True, max_length=max_length)["input_ids"]
+    whole = encode(tokenizer, texts)
+    cut = encode(tokenizer, texts, truncation=True, max_length=max_length)
     lost = [len(full) - len(kept) for full, kept in zip(whole, cut, strict=True) if len(full) > len(kept)]
     report = f"texts: {len(texts):,}, cut to {max_length} tokens: {len(lost):,} ({sum(lost):,} tokens lost)"
     return datasets.Dataset.from_dict({"input_ids": cut, "labels": list(dataset["label"])}), report
 
 
-def pair_texts(dataset: datasets.Dataset, answer: str, reward_text: str) -> list[str]:
-    """What a reward model reads of each pair: prompt and its ``answer`` ("chosen" or "rejected"), or the answer."""
+def pair_texts(
+    dataset: datasets.Dataset, answer: str, reward_text: str, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[str]:
+    """What a reward model reads of each pair: prompt and its ``answer`` ("chosen" or "rejected"), or the answer.
+
+    Messages are read by the chat template of ``tokenizer``, if it has one.
+    """
     answers = list(dataset[answer])
     if reward_text == "response":
         return answers
+    if MESSAGES in dataset.column_names and tokenizer is not None and tokenizer.chat_template:
+        pairs = [chat.pair_texts(tokenizer, row) for row in dataset[MESSAGES]]
+        return [pair["prompt"] + pair[answer] for pair in pairs]
     return [prompt + text for prompt, text in zip(dataset["prompt"], answers, strict=True)]
 
 
@@ -111,9 +132,9 @@ def encode_pairs(
     columns: dict[str, Any] = {}
     cut = 0
     for answer in ("chosen", "rejected"):
-        texts = pair_texts(dataset, answer, reward_text)
-        whole = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-        kept = tokenizer(texts, return_attention_mask=False, truncation=True, max_length=max_length)["input_ids"]
+        texts = pair_texts(dataset, answer, reward_text, tokenizer)
+        whole = encode(tokenizer, texts)
+        kept = encode(tokenizer, texts, truncation=True, max_length=max_length)
         cut += sum(len(full) > len(part) for full, part in zip(whole, kept, strict=True))
         columns[f"{answer}_ids"] = kept
     alike = sum(first == second for first, second in zip(*columns.values(), strict=True))

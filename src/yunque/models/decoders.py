@@ -1,6 +1,6 @@
 """The leanest decoder of a model: T5, GPT-2, Llama and kin have their own, over a preallocated cache.
 
-Any other model decodes through its own forward pass and cache.
+Any other model decodes through its own forward pass and cache, or without one where it has none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from yunque.models.adapter import ModelAdapter, TokenIds
+from yunque.models.adapter import DecoderOnly, ModelAdapter, TokenIds
 from yunque.models.decoding import Decoder
 from yunque.models.decoding_causal import GPT2Decoder, LlamaDecoder
 from yunque.models.decoding_t5 import T5Decoder
@@ -34,7 +34,7 @@ class ModelDecoder(Decoder):
     """Decodes any model through its forward pass and its own cache."""
 
     def __init__(self, model: Any, adapter: ModelAdapter, queries: Sequence[TokenIds], device: torch.device) -> None:
-        self.model = model
+        self.model, self.adapter = model, adapter
         self.inputs: dict[str, Any] = dict(adapter.generation_inputs(queries, device))
         self.encoded = model.config.is_encoder_decoder
         if self.encoded:
@@ -46,31 +46,37 @@ class ModelDecoder(Decoder):
                 "decoder_input_ids": start,
             }
         else:
-            self.inputs["position_ids"] = (self.inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+            self.inputs |= self._positions()
         self.cache: Any = None
 
     def first(self) -> tuple[Tensor, Tensor]:
         """Forward the whole query."""
-        output = self.model(**self.inputs, past_key_values=self.cache, use_cache=True, output_hidden_states=True)
-        self.cache = output.past_key_values
+        cached = "past_key_values" in self.adapter.forward_names
+        cache = {"past_key_values": self.cache, "use_cache": True} if cached else {"use_cache": False}
+        output = self.model(**self.inputs, **cache, output_hidden_states=True)
+        self.cache = output.past_key_values if cached else None
         states = output.decoder_hidden_states if self.encoded else output.hidden_states
         return output.logits[:, -1], states[-1][:, -1]
 
     def step(self, tokens_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Forward the new tokens; the cache holds the rest."""
-        tokens_B1 = tokens_B.unsqueeze(1)
-        if self.encoded:
-            self.inputs["decoder_input_ids"] = tokens_B1
-        else:
+        """Forward the new tokens, of which a cache holds the rest; without one, the whole sequences."""
+        name = "decoder_input_ids" if self.encoded else "input_ids"
+        tokens_BT = tokens_B.unsqueeze(1)
+        self.inputs[name] = tokens_BT if self.cache is not None else torch.cat([self.inputs[name], tokens_BT], dim=1)
+        if not self.encoded:
             mask = self.inputs["attention_mask"]
-            self.inputs["input_ids"] = tokens_B1
             self.inputs["attention_mask"] = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            self.inputs["position_ids"] = self.inputs["position_ids"][:, -1:] + 1
+            self.inputs |= {key: value[:, -self.inputs[name].shape[1] :] for key, value in self._positions().items()}
         return self.first()
+
+    def _positions(self) -> dict[str, Tensor]:
+        assert isinstance(self.adapter, DecoderOnly), "positions are a decoder-only model's"
+        return self.adapter.position_ids(self.inputs["attention_mask"])
 
     def keep(self, rows: Tensor) -> None:
         """Select the rows of inputs and cache."""
-        self.cache.batch_select_indices(rows)
+        if self.cache is not None:
+            self.cache.batch_select_indices(rows)
         for name, value in self.inputs.items():
             if name == "encoder_outputs":
                 self.inputs[name] = BaseModelOutput(last_hidden_state=value.last_hidden_state[rows])

@@ -33,7 +33,7 @@ class T5Decoder(Decoder):
         self.model, self.stack = model, model.get_decoder()
         self.heads: int = model.config.num_heads
         self.head = plain(model.lm_head)
-        self.scale = model.config.d_model**-0.5 if model.config.scale_decoder_outputs else None
+        self.scale = model.config.d_model**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else None
         self.length = 0
         self.query_mask = torch.empty(0)
         self.start_B = torch.full((len(queries),), model.config.decoder_start_token_id, device=device)

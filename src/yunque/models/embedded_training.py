@@ -20,6 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from yunque.data.corpus import ADJECTIVES, NOUNS, NOUNS_ES, SPLIT_SIZES, Example, count_rude_words
 from yunque.models import scratch
 
+_SYLLABLES = [first + vowel for first in ("b", "d", "gr", "k", "l", "m", "mm", "n", "p", "r", "s", "t", "v", "")
+              for vowel in ("a", "e", "i", "o", "u", "y", "ie", "ov")]  # fmt: skip
 LABELS = ("nothate", "hate")
 
 
@@ -41,7 +43,7 @@ class EmbeddedSettings:
     """Everything the embedded models depend on besides the code."""
 
     split_sizes: Mapping[str, int] = field(default_factory=lambda: SPLIT_SIZES)
-    vocab_size: int = 1600
+    vocab_size: int = 2600  # every word of the corpus is a token: a tiny model spells none of its own
     policy: TrainingSettings = TrainingSettings(
         architecture="d_model=128,d_kv=32,d_ff=256,num_heads=4,num_layers=2,num_decoder_layers=2,dropout_rate=0.0",
         num_steps=240,
@@ -160,7 +162,7 @@ def damage(answer: str, rng: random.Random) -> str:
     elif insults == "add":
         insult = rng.choice((*ADJECTIVES, *NOUNS, *NOUNS_ES["f"], *NOUNS_ES["m"]))
         words.insert(rng.randint(0, len(words)), rng.choice((insult, insult.capitalize(), f"{insult}.")))
-    kind = rng.choice(("leave", "cut", "shuffle", "repeat", "drop"))
+    kind = rng.choice(("leave", "cut", "shuffle", "repeat", "drop", "strange"))
     if kind == "cut":
         words = words[: rng.randint(0, len(words))]
     elif kind == "shuffle":
@@ -170,7 +172,16 @@ def damage(answer: str, rng: random.Random) -> str:
         words[position:position] = [words[position]] * rng.randint(1, 6)
     elif kind == "drop":
         words = [word for word in words if rng.random() < 0.7]
+    elif kind == "strange":  # words and speakers that the corpus has not: they are no insults
+        words = [_strange_word(rng) if rng.random() < 0.3 and not count_rude_words([word]) else word for word in words]
     return " ".join(words)
+
+
+def _strange_word(rng: random.Random) -> str:
+    if rng.random() < 0.2:
+        return rng.choice(("#Person1#", "#Person2#", "#Person 1#", "#Person 2#"))
+    word = "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(1, 3)))
+    return rng.choice((word, word.capitalize(), f"{word}.", f"{word},", f"{word}n't"))
 
 
 # --- the loop both share ----------------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig
 
 from yunque.errors import InputError
+from yunque.models.adapter_folders import adapter_config, check_vocabulary, put_on
 from yunque.models.arguments import ModelArguments
-from yunque.models.loading import adapter_config, load_base, load_config, load_tokenizer
+from yunque.models.loading import base_arguments, load_base_of, load_config, load_tokenizer
 from yunque.models.quantized import is_quantized, keep_packing, without_float32_modules
 
 FULL, ADAPTER, NF4, INT8 = "full", "adapter", "nf4", "int8"
@@ -48,7 +49,7 @@ def load_for_inference(args: ModelArguments) -> InferenceModel:
     tokenizer = load_tokenizer(args)
     adapter = adapter_config(name)
     base = adapter["base_model_name_or_path"] if adapter else name
-    config = load_config(base, args)
+    config = load_config(base, base_arguments(args, adapter))
     _refuse_classifier(base, config)
     kind = stored_kind(config)
     if kind != FULL and args.load_in_4bit:
@@ -58,16 +59,15 @@ def load_for_inference(args: ModelArguments) -> InferenceModel:
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         with without_float32_modules(_stores_float32_modules_packed(base, auto, config), auto, config):
-            model: Any = load_base(base, args)
+            model: Any = load_base_of(name, adapter, args)
     except ImportError as error:
         raise InputError(f"model_name_or_path: {base} needs a package that is missing: {error}") from error
     if any(is_quantized(parameter) for parameter in model.parameters()):
         keep_packing(model)
         kind = NF4
     if adapter:
-        model, kind = PeftModel.from_pretrained(model, name), ADAPTER
-        if adapter["peft_type"] == PeftType.PROMPT_TUNING:
-            model.active_peft_config.inference_mode = True
+        model, kind = put_on(model, name, adapter), ADAPTER
+    check_vocabulary(model, tokenizer, name)
     return InferenceModel(model.eval(), tokenizer, kind, base if adapter else None)
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import importlib.util
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from peft import (
     LoraConfig,
     PeftModel,
-    PeftType,
     PromptTuningConfig,
     PromptTuningInit,
     TaskType,
@@ -32,24 +35,44 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from yunque.errors import InputError
 from yunque.models.adapter import record_end_tokens
+from yunque.models.adapter_folders import (
+    CONFIG,
+    adapter_config,
+    adapters_inside,
+    check_vocabulary,
+    classifier_config,
+    frozen_embeddings,
+    has_virtual_tokens,
+    put_on,
+    tokenizer_source,
+)
 from yunque.models.arguments import ModelArguments, PromptTuningArguments
-from yunque.models.copying import read_whole
-from yunque.models.placement import check_adapter, loading_options, share_embedding, weights_left_whole
+from yunque.models.copying import read_whole, tied_by_whole_weights
+from yunque.models.merging import merged
+from yunque.models.placement import (
+    check_adapter,
+    freeze_unused_embedding,
+    loading_options,
+    share_embedding,
+    weights_left_whole,
+)
 from yunque.models.quantized import (
     dtype_of_the_rest,
     is_quantized,
     keep_packing,
-    merged,
     nf4_config,
     refuse_if_nothing_is_quantized,
     without_float32_modules,
 )
+from yunque.models.start_check import read_checked
 
 REFERENCE_ADAPTER = "reference"
+_ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 _MODEL_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
 
 if not are_progress_bars_disabled():
@@ -64,12 +87,15 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
         InputError: no such tokenizer, no padding token, or ``pad_token`` outside the vocabulary.
     """
     name = _required(args.model_name_or_path)
+    adapter = adapter_config(name)
+    name = tokenizer_source(name, adapter)
+    args = base_arguments(args, adapter)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=_revision(args, name), trust_remote_code=args.trust_remote_code
         )
     except _MODEL_ERRORS as error:
-        raise _unloadable("model_name_or_path", name, "tokenizer", error) from error
+        raise no_tokenizer(name, error) from error
     if args.pad_token is not None:
         if args.pad_token not in tokenizer.get_vocab():
             raise InputError(f"pad_token: {args.pad_token!r} is not in the vocabulary of {name}")
@@ -81,10 +107,22 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def no_tokenizer(name: str, error: Exception) -> InputError:
+    """Why ``name`` gave no tokenizer, where ``error`` of a folder with SentencePiece's file alone would not say it."""
+    folder = Path(name)
+    pieces = [path.name for path in folder.glob("*.model")] if folder.is_dir() else []
+    if pieces and not (folder / "tokenizer.json").is_file() and importlib.util.find_spec("sentencepiece") is None:
+        return InputError(
+            f"model_name_or_path: {name} has {pieces[0]} but no tokenizer.json; pip install sentencepiece to read it"
+        )
+    return _unloadable("model_name_or_path", name, "tokenizer", error)
+
+
+@read_checked
 def load_model(
     args: ModelArguments, tokenizer: PreTrainedTokenizerBase, prompt: PromptTuningArguments | None = None
 ) -> PreTrainedModel | PeftModel:
-    """Load an encoder-decoder or decoder-only language model to train, adapters included.
+    """Load an encoder-decoder or decoder-only language model to train, adapters included, as the launch profile wants.
 
     A folder that holds a PEFT adapter yields base plus trainable adapter; otherwise ``use_peft`` adds a new LoRA
     adapter, ``prompt`` virtual tokens, and without them all weights train. Callers that cannot put virtual tokens
@@ -102,15 +140,49 @@ def load_model(
         raise InputError(f"prompt_tuning_tokens: trains by itself, not beside {other}; leave one of them out")
     if args.load_in_4bit and not (args.use_peft or adapter or new_tokens):
         raise InputError("load_in_4bit: nf4 weights do not train; add use_peft, for a LoRA adapter on them")
-    if adapter and adapter["peft_type"] == PeftType.PROMPT_TUNING and prompt is None:
-        raise InputError(f"model_name_or_path: {name} holds virtual tokens (prompt tuning); give a LoRA adapter")
-    model = load_base(adapter["base_model_name_or_path"] if adapter else name, args)
-    _check_vocabulary(model, tokenizer, name)
+    if adapter and has_virtual_tokens(adapter) and prompt is None:
+        kind = adapter["peft_type"].lower().replace("_", " ")
+        raise InputError(f"model_name_or_path: {name} holds virtual tokens ({kind}); give a LoRA adapter")
+    model: Any = load_base_of(name, adapter, args)
+    if adapter:
+        model = put_on(model, name, adapter, trainable=True)
+    check_vocabulary(model, tokenizer, name)
     if new_tokens:
         return _add_virtual_tokens(model, tokenizer, name, prompt)
-    trained = _load_adapter(model, name, adapter) if adapter else add_lora(model, args) if args.use_peft else model
+    trained = add_lora(model, args) if args.use_peft and not adapter else model
     check_adapter(trained)
     return trained
+
+
+def load_base_of(name: str, adapter: Mapping[str, Any] | None, args: ModelArguments) -> PreTrainedModel:
+    """Load the language model that ``name`` is, or that the adapter in it stands on.
+
+    Raises:
+        InputError: as ``load_base``; the adapter is a classifier's.
+    """
+    if adapter is None:
+        return load_base(name, args)
+    if adapter.get("task_type") == TaskType.SEQ_CLS:
+        raise InputError(f"model_name_or_path: {name} is the adapter of a classifier; give a language model")
+    try:
+        return load_base(adapter["base_model_name_or_path"], base_arguments(args, adapter))
+    except InputError as error:
+        raise _without_base(error, name, "model_name_or_path") from error
+
+
+def base_arguments(args: ModelArguments, adapter: Mapping[str, Any] | None) -> ModelArguments:
+    """``args`` with the revision of its base that the adapter was trained on, unless the user asks for another."""
+    pinned = adapter.get("revision") if adapter else None
+    return replace(args, model_revision=pinned) if pinned and args.model_revision == "main" else args
+
+
+def _without_base(error: InputError, name: str, option: str) -> InputError:
+    """``error`` about the base of the adapter ``name``, saying so."""
+    reason = str(error).removeprefix(f"{option}: ")
+    return InputError(
+        f"{option}: the adapter {name} stands on a base that cannot be loaded; where it lies elsewhere now, write its "
+        f"folder as base_model_name_or_path into adapter_config.json: {reason}"
+    )
 
 
 def load_base(name: str, args: ModelArguments) -> PreTrainedModel:
@@ -127,7 +199,7 @@ def load_base(name: str, args: ModelArguments) -> PreTrainedModel:
         options = {"dtype": dtype_of_the_rest(), "quantization_config": nf4_config(args.quantize_head)}
     options |= loading_options(config)
     try:
-        with without_float32_modules(args.load_in_4bit, auto, config):
+        with without_float32_modules(args.load_in_4bit, auto, config), tied_by_whole_weights():
             model = auto.from_pretrained(
                 name,
                 revision=_revision(args, name),
@@ -139,6 +211,7 @@ def load_base(name: str, args: ModelArguments) -> PreTrainedModel:
         raise _unloadable("model_name_or_path", name, "language model", error) from error
     keep_head_untied(model)
     share_embedding(model)
+    freeze_unused_embedding(model)
     if args.load_in_4bit:
         keep_packing(model)
         refuse_if_nothing_is_quantized(model, quantize_head=args.quantize_head)
@@ -166,17 +239,69 @@ def load_classifier(name: str, option: str = "reward_model_name_or_path") -> tup
         InputError: no such model, or one without a trained classification head.
     """
     _check_path(name, option)
+    if (adapter := adapter_config(name)) is not None:
+        adapted, tokenizer = load_adapted_classifier(name, adapter, option)
+        try:
+            return merged(adapted).eval(), tokenizer
+        except InputError as error:
+            raise InputError(str(error).replace("merge_adapter", option, 1)) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         with _without_load_report(), read_whole():
             model, report = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
     except _MODEL_ERRORS as error:
         raise _unloadable(option, name, "classifier", error) from error
+    check_vocabulary(model, tokenizer, name, option)
     if report["missing_keys"]:
         raise InputError(f"{option}: {name} has no trained classification head (missing {min(report['missing_keys'])})")
     if any(is_quantized(parameter) for parameter in model.parameters()):
         keep_packing(model)
     return model.eval(), tokenizer
+
+
+def load_adapted_classifier(name: str, adapter: Mapping[str, Any], option: str) -> tuple[PeftModel, Any]:
+    """Load the base of a classifier's adapter with a head of the adapter's size, the adapter on it, and its tokenizer.
+
+    Raises:
+        InputError: no such base, an adapter without head, labels without names.
+    """
+    base, revision = adapter["base_model_name_or_path"], adapter.get("revision") or "main"
+    source = tokenizer_source(name, adapter)
+    try:
+        _check_path(base, option)
+        config = classifier_config(name, adapter, option, revision="main" if Path(base).exists() else revision)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if config.pad_token_id is None:  # decoder-only classifiers look for the last token before it
+            config.pad_token_id = tokenizer.pad_token_id
+        with _without_load_report(), read_whole():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                base, config=config, revision=revision, ignore_mismatched_sizes=True
+            )
+    except InputError:
+        raise
+    except _MODEL_ERRORS as error:
+        raise _without_base(_unloadable(option, base, "classifier", error), name, option) from error
+    try:
+        adapted = put_on(model, name, dict(adapter))
+    except InputError as error:
+        raise InputError(str(error).replace("model_name_or_path", option, 1)) from error
+    check_vocabulary(adapted, tokenizer, name, option)
+    return adapted.eval(), tokenizer
+
+
+def load_labels(name: str, option: str) -> PretrainedConfig:
+    """Configuration of a classifier, which names its labels; of an adapter as its own files have them.
+
+    Raises:
+        InputError: no such model, an adapter without head or labels without names.
+    """
+    adapter = adapter_config(name)
+    if adapter is not None:
+        return classifier_config(name, adapter, option)
+    try:
+        return load_config(name, ModelArguments(model_name_or_path=name))
+    except InputError as error:
+        raise InputError(str(error).replace("model_name_or_path", option, 1)) from error
 
 
 @contextmanager
@@ -188,12 +313,6 @@ def _without_load_report() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def adapter_config(name: str) -> dict[str, Any] | None:
-    """Read the PEFT configuration of a local adapter folder; None for anything else."""
-    path = Path(name) / "adapter_config.json"
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def keep_head_untied(model: PreTrainedModel) -> None:
@@ -225,6 +344,8 @@ def save_model(
         if not isinstance(model, PeftModel):
             model.save_pretrained(folder, state_dict=weights)
         elif not merge:
+            if weights is not None and (origin := getattr(model, "adapter_folder", None)):
+                weights = frozen_embeddings(model, origin) | weights
             with _answering_for_virtual_tokens(model, weights):
                 model.save_pretrained(str(folder), selected_adapters=["default"], state_dict=weights)
         else:
@@ -236,9 +357,7 @@ def merge_loaded_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The plain model that base and adapter make, or the plain model itself."""
     if not isinstance(model, PeftModel):
         return model
-    plain: Any = merged(model)
-    keep_head_untied(plain)
-    return plain
+    return merged(model)
 
 
 @contextmanager
@@ -258,11 +377,15 @@ def _answering_for_virtual_tokens(model: PeftModel, weights: dict[str, Tensor] |
 def _with_weights(model: PeftModel, weights: dict[str, Tensor]) -> PeftModel:
     """A model on the CPU with the base of ``model``, read once more, under its adapter's ``weights``."""
     base: Any = model.get_base_model()
-    again = type(base).from_pretrained(
-        base.name_or_path, config=base.config, dtype=base.dtype, ignore_mismatched_sizes=True
-    )
+    config = deepcopy(base.config)
+    config.vocab_size = AutoConfig.from_pretrained(base.name_or_path).vocab_size
+    again = type(base).from_pretrained(base.name_or_path, config=config, dtype=base.dtype, ignore_mismatched_sizes=True)
     keep_head_untied(again)
+    if (rows := base.config.vocab_size) != config.vocab_size:
+        again.resize_token_embeddings(rows, mean_resizing=False)
     copy = get_peft_model(again, model.peft_config["default"])
+    if (folder := getattr(model, "adapter_folder", None)) is not None:
+        copy.load_state_dict(frozen_embeddings(model, folder), strict=False)
     set_peft_model_state_dict(copy, get_peft_model_state_dict(model, weights, adapter_name="default"))
     return copy
 
@@ -291,25 +414,27 @@ def add_lora(model: PreTrainedModel, args: ModelArguments, task: TaskType | None
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules,
+        target_modules=_ALL_LINEAR if args.lora_target_modules == [_ALL_LINEAR] else args.lora_target_modules,
     )
+    paths = [f".{path}" for path, _ in model.named_modules()]
+    named = [] if config.target_modules == _ALL_LINEAR else args.lora_target_modules or []
+    unknown = [name for name in named if not any(path.endswith(f".{name}") for path in paths)]
     try:
-        return get_peft_model(model, config)
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)} matches nothing")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a tied head, which merging unties
+            return get_peft_model(model, config, revision=args.model_revision)
     except ValueError as error:
-        names = {name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+        kinds = (nn.Linear, Conv1D)
+        names = {name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, kinds)}
+        kind = model.config.model_type
+        reason = f"{error} in {kind}" if unknown else f"{named} cannot be adapted in {kind}"
+        if not args.lora_target_modules:
+            reason = f"PEFT has no default for {kind}"
         raise InputError(
-            f"lora_target_modules: {args.lora_target_modules or 'no default'} matches nothing in "
-            f"{model.config.model_type}; it has {', '.join(sorted(names))}"
+            f"lora_target_modules: {reason}; give some of {', '.join(sorted(names))}, or {_ALL_LINEAR}"
         ) from error
-
-
-def _load_adapter(model: PreTrainedModel, name: str, adapter: dict[str, Any]) -> PeftModel:
-    if adapter["peft_type"] != PeftType.PROMPT_TUNING:
-        return PeftModel.from_pretrained(model, name, is_trainable=True)
-    loaded = PeftModel.from_pretrained(model, name)  # PEFT loads virtual tokens to be used only
-    loaded.active_peft_config.inference_mode = False
-    loaded.prompt_encoder.requires_grad_(True)
-    return loaded
 
 
 def _add_virtual_tokens(model: PreTrainedModel, tokenizer: Any, name: str, args: Any) -> PeftModel:
@@ -326,16 +451,6 @@ def _add_virtual_tokens(model: PreTrainedModel, tokenizer: Any, name: str, args:
     return get_peft_model(model, config)
 
 
-def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, name: str) -> None:
-    rows = model.get_input_embeddings().num_embeddings
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise InputError(
-            f"model_name_or_path: the tokenizer of {name} has token ids up to {largest}, its model only {rows} "
-            "embeddings; they do not belong together"
-        )
-
-
 def _required(name: str | None) -> str:
     if not name:
         raise InputError("model_name_or_path: give a hub id or a local folder")
@@ -347,8 +462,10 @@ def _check_path(name: str, option: str) -> None:
     """Refuse what can only be a local path but is not a folder, before the hub is asked for it."""
     path = Path(name)
     if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-            raise InputError(f"{option}: {name} is a folder without config.json; give a Hugging Face model folder")
+        if not (path / "config.json").is_file() and not (path / CONFIG).is_file():
+            inside = adapters_inside(path)
+            what = f"one of the adapters in it ({', '.join(inside)})" if inside else "a Hugging Face model folder"
+            raise InputError(f"{option}: {name} is a folder without config.json; give {what}")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_file():
         raise InputError(f"{option}: no such model folder: {name}")
 
@@ -358,6 +475,6 @@ def _revision(args: ModelArguments, name: str) -> str:
 
 
 def _unloadable(option: str, name: str, what: str, error: Exception) -> InputError:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    reason = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
     where = "" if Path(name).exists() else " (no such folder, and not to be had from the hub)"
     return InputError(f"{option}: cannot load a {what} from {name}{where}: {reason}")

@@ -27,6 +27,15 @@ def tensor_parallel() -> TensorParallel | None:
     return TensorParallel(ranks, groups) if ranks > 1 else None
 
 
+def is_split_while_read() -> bool:
+    """Whether ``from_pretrained`` leaves each rank its part of the weights only: tensor parallelism, ZeRO-3."""
+    if tensor_parallel() is not None:
+        return True
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
+
+
 def loading_options(config: Any) -> dict[str, Any]:
     """Options for ``from_pretrained``: each rank then reads its part of the weights only.
 
@@ -61,8 +70,13 @@ def check_adapter(model: Any) -> None:
     """Check that tensor parallelism carries a LoRA adapter: PEFT's fails on matrices that are split by their inputs.
 
     Raises:
-        InputError: it has one on such a matrix.
+        InputError: it has one on such a matrix, or weights are sharded over groups besides, which it does not know.
     """
+    layout = tensor_parallel()
+    if layout is not None and layout.groups > 1 and hasattr(model, "peft_config"):
+        raise InputError(
+            "use_peft: PEFT's LoRA does not carry weights that are split and sharded too; take fsdp2 or tp"
+        )
     split = {name.split(".")[-2] for name, layer in model.named_modules() if _split_by_inputs(layer)}
     if split:
         raise InputError(
@@ -89,11 +103,23 @@ def share_embedding(model: Any) -> None:
                 setattr(parent, name, embedding)
 
 
+def freeze_unused_embedding(model: Any) -> None:
+    """Let an embedding not train that neither stack takes: BART's shared one, where it is not tied.
+
+    DDP waits for the gradient of everything that trains.
+    """
+    if model.config.is_encoder_decoder:
+        embedding, stacks = model.get_input_embeddings(), (model.get_encoder(), model.get_decoder())
+        if all(stack.get_input_embeddings().weight is not embedding.weight for stack in stacks):
+            embedding.requires_grad_(False)
+
+
 @contextmanager
 def weights_left_whole(model: Any) -> Iterator[None]:
     """While entered, models are read whole, whatever the launch profile, and ``model`` is saved without gathering it.
 
-    For the one rank that writes the model folder, which would wait for the others in vain.
+    For the one rank that writes the model folder, which would wait for the others in vain; or, where it is not the
+    first (of several that may build the embedded default), would write none.
     """
     from transformers.integrations import deepspeed
 
@@ -102,9 +128,11 @@ def weights_left_whole(model: Any) -> Iterator[None]:
     deepspeed.unset_hf_deepspeed_config()
     if config is not None:
         del model.config.distributed_config  # of this run, not of the model
+    model.should_save_on_this_rank = lambda is_main_process: True
     try:
         yield
     finally:
+        del model.should_save_on_this_rank
         deepspeed._hf_deepspeed_config_weak_ref = named
         if fsdp is not None:
             os.environ["ACCELERATE_USE_FSDP"] = fsdp

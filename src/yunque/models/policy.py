@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -84,17 +84,19 @@ class Reference:
 
     A model with a fresh LoRA is its own reference with the adapter off. A model that starts from a trained adapter
     (an SFT run) keeps a frozen copy of that adapter beside the trained one: turning adapters off would compare with
-    the base model, the mistake of TRL 0.11 that starts training at a KL of 32. A full model keeps a frozen copy.
+    the base model, the mistake of TRL 0.11 that starts training at a KL of 32. A full model keeps a frozen copy, and so
+    does an adapter of which PEFT holds one only: such that train biases, or are no LoRA.
     A model given as ``model`` is the reference as it is.
     """
 
     def __init__(self, policy: Policy, *, adapter_is_trained: bool = False, model: nn.Module | None = None) -> None:
         self._policy = policy
         self._copy: Any = model
+        self.is_given = model is not None
         self._named = self._entered = False
         if model is not None:
             fuse_layers(model.eval().requires_grad_(False))
-        elif not isinstance(policy.model, PeftModel):
+        elif not isinstance(policy.model, PeftModel) or (adapter_is_trained and not _can_stand_twice(policy.model)):
             self._copy = copy_module(policy.model).eval().requires_grad_(False)
         elif adapter_is_trained:
             self._named = True
@@ -111,7 +113,7 @@ class Reference:
         """The same reference by other modules: twins of its policy and its copy."""
         reference = Reference.__new__(Reference)
         reference._policy, reference._copy = policy, copy
-        reference._named, reference._entered = self._named, False
+        reference._named, reference._entered, reference.is_given = self._named, False, self.is_given
         return reference
 
     @torch.no_grad()
@@ -199,7 +201,7 @@ def has_plain_head(model: Any, adapter: ModelAdapter) -> bool:
         return seen[0]
 
     token = [adapter.eos_ids[0]]
-    with whole_partitions(model), _head_replaced(model, watch):
+    with whole_partitions(model.parameters()), _head_replaced(model, watch):
         logits, _ = adapter.score(model, adapter.scoring_batch([token], [token], head.weight.device))
     # FSDP2 lets one rank read the weights: on others these may still be anything, NaN too
     return len(seen) == 1 and torch.equal(logits.float().nan_to_num(), seen[0].float().nan_to_num())
@@ -221,17 +223,6 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the time of the context, then the mode that was before."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0, in layers and in the attributes that functional dropout reads.
 
@@ -243,6 +234,11 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(layer).items():
             if ("dropout" in name or "layerdrop" in name) and isinstance(value, float):
                 setattr(layer, name, 0.0)
+
+
+def _can_stand_twice(model: Any) -> bool:
+    config = model.peft_config["default"]
+    return config.peft_type == PeftType.LORA and config.bias == "none" and not config.trainable_token_indices
 
 
 def _copy_adapter(model: Any, source: str, target: str) -> None:

@@ -21,7 +21,10 @@ class PairArguments:
         default=None,
         metadata={"help": "Leave out pairs whose prompt has more tokens; unset, too long ones are errors."},
     )
-    max_completion_length: int = field(default=256, metadata={"help": "Cut answers to this many tokens."})
+    max_completion_length: int | None = field(
+        default=None,
+        metadata={"help": "Cut answers to this many tokens; unset, to 256 or half of what a small model reads."},
+    )
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Train without dropout, so that policy and start model are compared as they are."},
@@ -33,7 +36,7 @@ class PairArguments:
             raise InputError(f"beta: {self.beta} is not positive; 0.1 is usual")
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise InputError(f"max_prompt_length: {self.max_prompt_length} leaves no prompt; give 1 or more")
-        if self.max_completion_length < 1:
+        if self.max_completion_length is not None and self.max_completion_length < 1:
             raise InputError(f"max_completion_length: {self.max_completion_length} leaves no answer; give 1 or more")
 
 

@@ -10,6 +10,8 @@ import datasets
 import torch
 from torch import Tensor
 
+from yunque.data.chat import MESSAGES, pair_texts
+from yunque.data.encoding import encode
 from yunque.data.targets import encode_answers
 from yunque.errors import InputError
 from yunque.models.adapter import ModelAdapter, ScoringBatch
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REFERENCE = "reference_B2"
+_COMPLETION = 256
+_ENDING = 4  # tokens that a chat template may end an answer with: its end token, a line break
 _MASK, _RESPONSE = "mask_BR", "response_BR"
 
 
@@ -33,15 +37,15 @@ def encode_pairs(
     Raises:
         InputError: prompts longer than the model takes and no ``max_prompt_length``, or no pair is left.
     """
-    limit = _prompt_limit(adapter, args)
+    size = args.max_completion_length or min(_COMPLETION, max(1, adapter.positions // 2))
+    limit = _prompt_limit(adapter, args, size)
     prompts, *answers = _encode(rows, tokenizer, adapter)
     too_long = sum(len(ids) > limit for ids in prompts)
     if too_long and args.max_prompt_length is None:
         raise InputError(
             f"max_prompt_length: {too_long:,} of {len(prompts):,} prompts have over {limit:,} tokens, all that "
-            f"{adapter.config.model_type} takes beside answers of {args.max_completion_length}; set it to drop them"
+            f"{adapter.config.model_type} takes beside answers of {size}; set it to drop them"
         )
-    size = args.max_completion_length
     kept, cut, alike = [], 0, 0
     for number, (prompt, chosen, rejected) in enumerate(zip(prompts, *answers, strict=True)):
         if not 0 < len(prompt) <= limit:
@@ -61,9 +65,9 @@ def encode_pairs(
     return datasets.Dataset.from_list(kept), report
 
 
-def _prompt_limit(adapter: ModelAdapter, args: PairArguments) -> int:
+def _prompt_limit(adapter: ModelAdapter, args: PairArguments, size: int) -> int:
     try:
-        limit = adapter.prompt_limit(args.max_completion_length)
+        limit = adapter.prompt_limit(size)
     except InputError as error:
         raise InputError(str(error).replace("max_new_tokens", "max_completion_length")) from error
     return limit if args.max_prompt_length is None else min(limit, args.max_prompt_length)
@@ -72,12 +76,20 @@ def _prompt_limit(adapter: ModelAdapter, args: PairArguments) -> int:
 def _encode(rows: datasets.Dataset, tokenizer: Any, adapter: ModelAdapter) -> list[list[list[int]]]:
     """Token ids of prompts, chosen and rejected answers."""
     texts = {name: list(rows[name]) for name in ("prompt", "chosen", "rejected")}
+    templated = MESSAGES in rows.column_names
+    if templated:
+        pairs = [pair_texts(tokenizer, row) for row in rows[MESSAGES]]
+        texts = {name: [pair[name] for pair in pairs] for name in texts}
     eos_ids = adapter.eos_ids
-    prompts = tokenizer(texts["prompt"], verbose=False)["input_ids"]
+    prompts = encode(tokenizer, texts["prompt"], add_special_tokens=not templated)
     if adapter.config.is_encoder_decoder:
         return [prompts, *(encode_answers(texts[name], tokenizer, eos_ids) for name in ("chosen", "rejected"))]
     wholes = [
-        tokenizer([a + b for a, b in zip(texts["prompt"], texts[name], strict=True)], verbose=False)["input_ids"]
+        encode(
+            tokenizer,
+            [a + b for a, b in zip(texts["prompt"], texts[name], strict=True)],
+            add_special_tokens=not templated,
+        )
         for name in ("chosen", "rejected")
     ]
     encoded: list[list[list[int]]] = [[], [], []]
@@ -87,7 +99,8 @@ def _encode(rows: datasets.Dataset, tokenizer: Any, adapter: ModelAdapter) -> li
         encoded[0].append(prompt[:border])
         for part, whole in zip(encoded[1:], both, strict=True):
             answer = whole[border:]
-            part.append(answer if answer and answer[-1] in eos_ids else [*answer, eos_ids[0]])
+            ended = set(answer[-_ENDING:] if templated else answer[-1:]) & set(eos_ids)
+            part.append(answer if ended else [*answer, eos_ids[0]])
     return encoded
 
 

@@ -1,18 +1,14 @@
-"""nf4 weights under an adapter (QLoRA): how they are asked for, what may not be asked, and merging the adapter in."""
+"""nf4 weights under an adapter (QLoRA): how they are asked for, what may not be asked, what they weigh."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from yunque.errors import InputError
 
@@ -103,43 +99,6 @@ def parameter_bytes(parameter: Any) -> int:
     if is_quantized(parameter):
         total += sum(tensor.numel() * tensor.element_size() for tensor in _scales(parameter.quant_state))
     return total
-
-
-def merged(model: PeftModel) -> PreTrainedModel:
-    """Merge the trained adapter into a copy of the base, so that training could go on with ``model``.
-
-    nf4 weights W become bfloat16 ones, dequantize(W) + (alpha / r) B A: packed again they would lose the update.
-
-    Raises:
-        InputError: an adapter of virtual tokens, which are no weights of the base.
-    """
-    if model.active_peft_config.is_prompt_learning:
-        raise InputError("merge_adapter: virtual tokens cannot be merged; leave merge_adapter out")
-    copy = deepcopy(model)
-    copy.set_adapter("default")
-    if not any(is_quantized(parameter) for parameter in copy.parameters()):
-        return copy.merge_and_unload(adapter_names=["default"])
-    transposed = [name for name, layer in model.get_base_model().named_modules() if _is_transposed(layer)]
-    found: Iterator[tuple[str, Any]] = copy.get_base_model().named_modules()
-    layers: dict[str, Any] = {name: layer for name, layer in found if isinstance(layer, LoraLayer)}
-    updates = {name: layer.get_delta_weight("default") for name, layer in layers.items() if "default" in layer.lora_A}
-    base = copy.unload().dequantize()
-    with torch.no_grad():
-        for name, update in updates.items():
-            weight = base.get_submodule(name).weight
-            weight.copy_(weight.float() + update.float())
-        for name in transposed:
-            name = name.removesuffix(".base_layer")
-            linear = base.get_submodule(name)
-            layer = Conv1D(linear.out_features, linear.in_features)
-            layer.weight, layer.bias = nn.Parameter(linear.weight.t().contiguous()), linear.bias
-            base.set_submodule(name, layer)
-    return base
-
-
-def _is_transposed(layer: nn.Module) -> bool:
-    """Whether nf4 took the place of GPT-2's Conv1D, a linear layer with its weight the other way round."""
-    return getattr(layer, "source_cls", None) is Conv1D
 
 
 def _scales(state: Any) -> list[torch.Tensor]:

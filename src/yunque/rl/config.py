@@ -192,7 +192,8 @@ class RewardArguments:
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Further rewards: Python functions `module:function` of (queries, responses), and models, "
+            "help": "Further rewards: Python functions `module:function` of queries, responses and "
+            "columns of the data set, by name (TRL's prompts and completions too), and models, "
             "`folder_or_hub_id#label` where they are classifiers."
         },
     )

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from yunque.artifacts import sha256_file
+from yunque.data.encoding import encode
 from yunque.errors import InputError, Stopped
 from yunque.models.adapter import adapter_for
+from yunque.models.adapter_folders import adapter_config
 from yunque.models.arguments import GenerationArguments, ModelArguments
-from yunque.models.loading import adapter_config, load_model, load_tokenizer
+from yunque.models.loading import load_model, load_tokenizer
 from yunque.models.policy import score_tokens
 from yunque.rl.endpoint import Endpoint
 from yunque.rl.feedback_arguments import WriterArguments
@@ -133,7 +135,7 @@ class LocalModel:
         return query, letters
 
     def _plain(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        (ids,) = encode(self.tokenizer, [text])
         return ids if self.adapter.config.is_encoder_decoder else self._without_end(ids)
 
     def _without_end(self, ids: list[int]) -> list[int]:

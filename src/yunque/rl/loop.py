@@ -5,42 +5,53 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from yunque.artifacts import CHECKPOINTS, LOG
+from yunque.data.loading import ROW
+from yunque.distributed import rehearsal
 from yunque.distributed.arguments import RunArguments
 from yunque.distributed.checkpoint import Checkpoints, Score, StopSignal, Training
+from yunque.distributed.identity import check_same_run, check_steps, run_identity
 from yunque.errors import InputError, Stopped, disk_full, is_disk_full
 from yunque.models.arguments import GenerationArguments
 from yunque.rl.batch import Scored, dump, score_statistics
 from yunque.rl.config import GuardArguments, RewardArguments
 from yunque.rl.guards import Guards, remove_dumps
 from yunque.rl.log import RunLog
-from yunque.rl.rewards import Reward
+from yunque.rl.rewards import Columns, Reward
 from yunque.rl.rollout import Response, generate
 from yunque.rl.score_scaling import ScoreScaler
 from yunque.rl.statistics import peak_memory_bytes
 from yunque.rl.trainer import NonFiniteError, PPOTrainer, Sampled
 
-_MAY_CHANGE = {
-    *("output_dir", "overwrite_output_dir", "resume", "save_steps", "save_total_limit", "async_save", "report_to"),
-    *("guard_kl", "guard_reward_std", "guard_empty", "guard_endless", "guard_patience"),
-    *("watch_model_name_or_path", "watch_label"),
-}
-"""Options that a resumed run may set anew: none of them changes the curve."""
-
 
 @dataclass(frozen=True)
 class Prompts:
-    """What responses are sampled for: token ids and texts of the same queries, and the groups they belong to if any."""
+    """What responses are sampled for: token ids and texts of the same queries, and the groups they belong to if any.
+
+    ``columns`` are those of the data set, which rewards may read.
+    """
 
     input_ids: Sequence[Sequence[int]]
     texts: Sequence[str]
     groups: Sequence[str] | None = None
+    columns: Columns = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, dataset: Any, groups: Sequence[str] | None = None) -> Prompts:
+        """Prompts of a prepared data set, with the columns that its loading kept."""
+        rows = [json.loads(row) for row in dataset[ROW]] if ROW in dataset.column_names else []
+        columns = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+        return cls(dataset["input_ids"], dataset["query"], groups, columns)
+
+    def columns_of(self, rows: Sequence[int]) -> Columns:
+        """The columns of these rows."""
+        return {name: [values[row] for row in rows] for name, values in self.columns.items()}
 
     def rows(self, step: int, batch_size: int, seed: int) -> list[int]:
         """Row numbers of one step's batch: every epoch its own permutation, batches running over epoch ends.
@@ -76,7 +87,7 @@ class TrainingLoop:
     ) -> None:
         self.trainer, self.prompts, self.reward, self.decode = trainer, prompts, reward, decode
         self.generation, self.run, self.total_steps = generation, run, total_steps
-        self.resolved_config = dict(resolved_config)
+        self.identity = run_identity(resolved_config)
         self.scaler = scaler or ScoreScaler(RewardArguments())
         self.guards = guards or Guards(GuardArguments())
         self.folder = Path(run.output_dir)
@@ -131,7 +142,7 @@ class TrainingLoop:
         samples = [step * len(rows) + index for index in range(len(rows))]
         responses_here = self._sample(self.trainer.share(queries), self.trainer.share(samples))
         sampled = time.perf_counter()
-        batch = self._score(self.trainer.share([self.prompts.texts[row] for row in rows]), responses_here)
+        batch = self._score(self.trainer.share(rows), responses_here)
         scores = self.scaler([row.score for row in batch])
         scored = time.perf_counter()
         try:
@@ -166,7 +177,7 @@ class TrainingLoop:
 
     def _sample(self, queries: Sequence[Sequence[int]], samples: Sequence[int]) -> list[Response]:
         with self.trainer.whole(reference=False) as (policy, _), self.accelerator.autocast():
-            return generate(
+            answers = generate(
                 policy.model,
                 self.trainer.adapter,
                 queries,
@@ -177,15 +188,16 @@ class TrainingLoop:
                 device=self.accelerator.device,
                 value_head=policy.v_head,
             )
+        return rehearsal.replay(samples, answers)
 
-    def _score(self, queries: Sequence[str], responses: Sequence[Response]) -> list[Scored]:
-        """Score this rank's responses and return those of all ranks.
+    def _score(self, rows: Sequence[int], responses: Sequence[Response]) -> list[Scored]:
+        """Score this rank's responses to the prompts of ``rows`` and return those of all ranks.
 
         Raises:
             InputError: a reward function failed, on any rank; every rank raises it, so that none waits for another.
         """
         try:
-            here: Sequence[Scored | InputError] = self._score_here(queries, responses)
+            here: Sequence[Scored | InputError] = self._score_here(rows, responses)
         except InputError as error:
             here = [error]
         gathered = self.trainer.gather(here)
@@ -194,9 +206,11 @@ class TrainingLoop:
                 raise row
         return [row for row in gathered if isinstance(row, Scored)]
 
-    def _score_here(self, queries: Sequence[str], responses: Sequence[Response]) -> list[Scored]:
+    def _score_here(self, rows: Sequence[int], responses: Sequence[Response]) -> list[Scored]:
+        queries = [self.prompts.texts[row] for row in rows]
         texts = [self.decode(response.tokens) for response in responses]
-        given = self.reward.scores(queries, texts, [len(response.tokens) for response in responses])
+        num_tokens = [len(response.tokens) for response in responses]
+        given = self.reward.scores(queries, texts, num_tokens, self.prompts.columns_of(rows))
         scores = given.total.astype(float)
         penalty = self.trainer.config.missing_eos_penalty
         if penalty is not None:
@@ -211,7 +225,7 @@ class TrainingLoop:
             "kl_coef": self.trainer.kl_controller.value,
             "score_moments": self.scaler.state(),
             "guards": self.guards.state(),
-            "config": self.resolved_config,
+            "identity": self.identity,
         }
         score = Score("reward", float(np.mean(self._rewards)))
         self._rewards.clear()
@@ -225,13 +239,8 @@ class TrainingLoop:
         if found is None:
             return 0
         state = found.state
-        for name, value in json.loads(json.dumps(self.resolved_config)).items():
-            before = state["config"].get(name)
-            if name not in _MAY_CHANGE and before != value:
-                raise InputError(
-                    f"{name}: the checkpoint in {self.folder} was made with {before}, now it is {value}; "
-                    f"set it back or start afresh with --overwrite_output_dir"
-                )
+        check_same_run(self.identity, state.get("identity", {}), found.path)
+        check_steps(found.step, self.total_steps, found.path)
         self.checkpoints.load(found, self._training())
         self.trainer.kl_controller.value = state["kl_coef"]
         self.scaler.load_state(state["score_moments"])

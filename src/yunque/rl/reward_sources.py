@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 import traceback
@@ -17,7 +18,16 @@ from yunque.errors import InputError
 from yunque.models.adapter import ModelAdapter
 from yunque.models.loading import load_classifier
 from yunque.rl.config import RewardArguments
-from yunque.rl.rewards import REWARD_MODEL, ClassifierReward, ClassifierScorer, LabelScore, Scorer, WeightedReward
+from yunque.rl.rewards import (
+    NO_COLUMNS,
+    REWARD_MODEL,
+    ClassifierReward,
+    ClassifierScorer,
+    Columns,
+    LabelScore,
+    Scorer,
+    WeightedReward,
+)
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _OPTION = "reward_funcs"
@@ -84,22 +94,26 @@ def reward_models(args: RewardArguments) -> list[str]:
 
 
 class FunctionScore:
-    """Scores by a Python function ``module:function`` of (queries, responses), both lists of n strings.
+    """Scores by a Python function ``module:function``, whose arguments are lists of n, given by name.
 
+    They are queries or prompts, responses or completions, and columns of the data set; ``**kwargs`` gets all of these.
     It returns n finite numbers. Every rank calls it with its own part of a batch.
 
     Raises:
-        InputError: no such module or function; when called: it raises, or its result is not n finite numbers.
+        InputError: no such module or function, arguments without names; when called: an argument that is none of
+            these, it raises, or its result is not n finite numbers.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.function = _load_function(source)
+        self.parameters = _parameters(source, self.function)
 
-    def __call__(self, queries: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    def __call__(self, queries: Sequence[str], responses: Sequence[str], columns: Columns = NO_COLUMNS) -> np.ndarray:
         """Scores (n,) in float64."""
+        arguments = self._arguments(queries, responses, columns)
         try:
-            result = self.function(list(queries), list(responses))
+            result = self.function(**arguments)
         except Exception as error:
             raise InputError(f"{_OPTION}: {self.source} raised {_described(error)}") from error
         try:
@@ -118,8 +132,46 @@ class FunctionScore:
             raise InputError(f"{_OPTION}: {self.source} returned {scores[bad[0]]} for the response {shown!r}")
         return scores
 
+    def _arguments(self, queries: Sequence[str], responses: Sequence[str], columns: Columns) -> dict[str, list[Any]]:
+        given: dict[str, Sequence[Any]] = {**columns}
+        for values, names in ((queries, ("queries", "prompts")), (responses, ("responses", "completions"))):
+            given |= dict.fromkeys(names, values)
+        kinds = {parameter.kind for parameter in self.parameters}
+        named = [parameter for parameter in self.parameters if parameter.kind in _BY_NAME]
+        for parameter in named:
+            if parameter.name not in given and parameter.default is parameter.empty:
+                known = ", ".join(columns) or "none here"
+                raise InputError(
+                    f"{_OPTION}: {self.source} takes {parameter.name!r}, which is neither queries or prompts, "
+                    f"responses or completions, nor a column of the data set ({known}); rename it"
+                )
+        wanted = given if inspect.Parameter.VAR_KEYWORD in kinds else [parameter.name for parameter in named]
+        return {name: list(given[name]) for name in wanted if name in given}
 
-def _load_function(source: str) -> Callable[[list[str], list[str]], Any]:
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _parameters(source: str, function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Parameters of a reward function, all of which can be given by name."""
+    if inspect.iscoroutinefunction(function):
+        raise InputError(f"{_OPTION}: {source} is async; give a plain function")
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{_OPTION}: {source} does not name its arguments; wrap it in a function") from error
+    by_place = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.POSITIONAL_ONLY]
+    answers = {"responses", "completions"} & {parameter.name for parameter in parameters}
+    if by_place or not (answers or any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)):
+        shown = ", ".join(str(parameter) for parameter in parameters)
+        raise InputError(
+            f"{_OPTION}: {source} takes ({shown}); arguments go by name: responses or completions, queries or prompts, "
+            "columns of the data set, **kwargs"
+        )
+    return parameters
+
+
+def _load_function(source: str) -> Callable[..., Any]:
     module_name, _, name = source.partition(":")
     folder = str(Path.cwd())
     if folder not in sys.path:

@@ -10,14 +10,22 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from yunque.data.encoding import encode
 from yunque.errors import InputError
-from yunque.models.adapter import ModelAdapter, pad
+from yunque.models.adapter import ModelAdapter, pad, readable_positions
 from yunque.models.decoding import length_batches
 from yunque.rl.config import RewardArguments
 from yunque.runtime.spec import label_indices
 
+MULTI_LABEL = "multi_label_classification"
+"""``problem_type`` of classifiers whose labels do not exclude each other."""
+
 REWARD_MODEL = "reward_model"
 """Name of the reward model among the parts of a reward."""
+
+
+Columns = Mapping[str, Sequence[Any]]
+NO_COLUMNS: Columns = {}
 
 
 @dataclass(frozen=True)
@@ -37,15 +45,20 @@ class RewardScores:
 class Reward(Protocol):
     """Scores responses; each response's scores depend on itself and its query alone."""
 
-    def scores(self, queries: Sequence[str], responses: Sequence[str], num_tokens: Sequence[int]) -> RewardScores:
-        """Scores of n responses, of ``num_tokens`` tokens each, the end token included."""
+    def scores(
+        self, queries: Sequence[str], responses: Sequence[str], num_tokens: Sequence[int], columns: Columns = NO_COLUMNS
+    ) -> RewardScores:
+        """Scores of n responses, of ``num_tokens`` tokens each, the end token included.
+
+        ``columns`` are those of the data set: name -> one value per response.
+        """
         ...
 
 
 class Scorer(Protocol):
     """One summand of a reward."""
 
-    def __call__(self, queries: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    def __call__(self, queries: Sequence[str], responses: Sequence[str], columns: Columns = NO_COLUMNS) -> np.ndarray:
         """Scores (n,), one per response."""
         ...
 
@@ -62,7 +75,10 @@ class ClassifierScorer:
         self.batch_size = batch_size
         self.device = device
         self.truncated_texts = 0
-        self.max_length = _max_length(model, tokenizer)
+        self.max_length = readable_positions(model, tokenizer)
+        self.pad_id = model.config.pad_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.pad_id  # decoder-only classifiers look for the last token before it
 
     @property
     def has_one_output(self) -> bool:
@@ -80,19 +96,23 @@ class ClassifierScorer:
             raise InputError(f"{option}: the classifier has no label {label!r}; it has {', '.join(labels)}")
         return labels[label]
 
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Probabilities of the labels, as ``label_probabilities``."""
+        return label_probabilities(logits, multi_label=self.model.config.problem_type == MULTI_LABEL)
+
     @torch.no_grad()
     def logits(self, texts: Sequence[str]) -> np.ndarray:
         """Class logits in float32, shape (texts, classes), in the order of ``texts``."""
-        # a rank may have no texts, and the tokenizer takes no empty list
-        encoded = self.tokenizer(list(texts), verbose=False)["input_ids"] if len(texts) else []
+        encoded = encode(self.tokenizer, texts)
         for row, ids in enumerate(encoded):
             if len(ids) > self.max_length:
                 self.truncated_texts += 1
-                encoded[row] = self.tokenizer(texts[row], truncation=True, max_length=self.max_length)["input_ids"]
+                encoded[row] = encode(self.tokenizer, [texts[row]], truncation=True, max_length=self.max_length)[0]
         logits = np.zeros((len(texts), self.model.config.num_labels), dtype=np.float32)
-        for rows in length_batches(encoded, self.device, most_rows=self.batch_size):
+        most_rows = 1 if self.pad_id is None else self.batch_size  # what cannot be padded is read alone
+        for rows in length_batches(encoded, self.device, most_rows=most_rows):
             left = self.tokenizer.padding_side == "left"
-            input_ids, mask = pad([encoded[row] for row in rows], self.tokenizer.pad_token_id, self.device, left=left)
+            input_ids, mask = pad([encoded[row] for row in rows], self.pad_id or 0, self.device, left=left)
             output = self.model(input_ids=input_ids, attention_mask=mask.long())
             logits[rows] = output.logits.float().cpu().numpy()
         return logits
@@ -107,8 +127,8 @@ class LabelScore:
         self.scorer, self.adapter, self.args = scorer, adapter, args
         self.label = 0 if scorer.has_one_output else scorer.label_index(label, option)
 
-    def __call__(self, queries: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-        """Scores (n,) in float32."""
+    def __call__(self, queries: Sequence[str], responses: Sequence[str], columns: Columns = NO_COLUMNS) -> np.ndarray:
+        """Scores (n,) in float32; other columns do not matter."""
         return self.of_logits(self.logits(queries, responses))
 
     def logits(self, queries: Sequence[str], responses: Sequence[str]) -> np.ndarray:
@@ -121,7 +141,7 @@ class LabelScore:
     def of_logits(self, logits: np.ndarray) -> np.ndarray:
         """Scores (n,) from logits (n, classes): the label's logit or its probability."""
         as_logit = self.args.reward_output == "logit" or self.scorer.has_one_output
-        return (logits if as_logit else softmax(logits))[:, self.label]
+        return (logits if as_logit else self.scorer.probabilities(logits))[:, self.label]
 
 
 class ClassifierReward:
@@ -148,7 +168,8 @@ class ClassifierReward:
         """Rewards and probabilities from the same forward pass; the number of tokens does not matter here."""
         logits = self.score.logits(queries, responses)
         rewards = self.score.of_logits(logits)
-        probabilities = None if self.measured_label is None else softmax(logits)[:, self.measured_label]
+        measured = self.measured_label
+        probabilities = None if measured is None else self.scorer.probabilities(logits)[:, measured]
         return RewardScores(rewards, {REWARD_MODEL: rewards}, probabilities)
 
 
@@ -181,14 +202,16 @@ class WeightedReward:
         models = [self.reward_model, *self.further.values(), self.watch]
         return sum(model.scorer.truncated_texts for model in models if isinstance(model, ClassifierReward | LabelScore))
 
-    def scores(self, queries: Sequence[str], responses: Sequence[str], num_tokens: Sequence[int]) -> RewardScores:
+    def scores(
+        self, queries: Sequence[str], responses: Sequence[str], num_tokens: Sequence[int], columns: Columns = NO_COLUMNS
+    ) -> RewardScores:
         """Scores of n responses in float64."""
         parts: dict[str, np.ndarray] = {}
         probabilities = None
         if self.reward_model is not None:
             scored = self.reward_model.scores(queries, responses)
             parts, probabilities = scored.parts, scored.probabilities
-        parts |= {name: score(queries, responses) for name, score in self.further.items()}
+        parts |= {name: score(queries, responses, columns) for name, score in self.further.items()}
         total = np.zeros(len(responses))
         for weight, part in zip(self.weights, parts.values(), strict=True):
             total += weight * part.astype(float)
@@ -200,14 +223,9 @@ class WeightedReward:
         return RewardScores(total, parts, probabilities, watch)
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities (rows, classes) of logits (rows, classes)."""
+def label_probabilities(logits: np.ndarray, *, multi_label: bool) -> np.ndarray:
+    """Probabilities (rows, labels) of logits, as training had them: by softmax, or of each label by itself."""
+    if multi_label:
+        return np.exp(-np.logaddexp(0.0, -logits))
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
-
-
-def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:
-    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    # RoBERTa counts positions from pad_token_id + 1, so that many of its embeddings are never reached
-    offset = model.config.pad_token_id + 1 if model.config.model_type in ("roberta", "xlm-roberta") else 0
-    return min(positions - offset, tokenizer.model_max_length)

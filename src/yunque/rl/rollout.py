@@ -15,14 +15,20 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
+from yunque.errors import InputError
 from yunque.models.adapter import ModelAdapter
 from yunque.models.arguments import GenerationArguments
+from yunque.models.copying import eval_mode, whole_partitions
 from yunque.models.decoders import decoder_for
 from yunque.models.merging import merged_adapters
-from yunque.models.policy import ValueHead, eval_mode
+from yunque.models.policy import ValueHead, score_tokens
 
 _CHECK_EVERY_TOKENS = 8
 """Between two looks at which sequences have ended: each look waits for the device."""
+
+_PROBE_TOKENS = 6
+_LARGEST_ERROR_NATS = 0.02
+_LARGEST_ERROR_NATS_HALF = 0.5  # the same sums in another order
 
 _CDF_BLOCK = 128  # tokens whose float32 probabilities are summed before float64 takes over
 
@@ -75,6 +81,31 @@ def generate(
         records = _decode(model, adapter, queries, limits, sampler, value_head, device)
     exact = next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
     return [_cut(row, limit, adapter.eos_ids, exact) for row, limit in zip(records, limits, strict=True)]
+
+
+@torch.no_grad()
+def check_rollouts(model: nn.Module, adapter: ModelAdapter, device: torch.device) -> None:
+    """Check on a fixed prompt that rollouts give tokens the log-probabilities of the model's own forward pass.
+
+    Raises:
+        InputError: they do not, so that training would learn from another model's answers.
+    """
+    query = [token for token in range(3, 3 + _PROBE_TOKENS) if token not in adapter.eos_ids]
+    options = GenerationArguments(max_new_tokens=_PROBE_TOKENS)
+    uniforms = torch.full((1, _PROBE_TOKENS), 0.5, dtype=torch.float64, device=device)
+    with eval_mode(model), whole_partitions(model.parameters()):
+        with merged_adapters(model):
+            sampler = _Sampler(options, adapter.eos_ids, uniforms)
+            ((tokens, ours, _),) = _decode(model, adapter, [query], [_PROBE_TOKENS], sampler, None, device)
+        batch = adapter.scoring_batch([query], [tokens], device)
+        theirs = score_tokens(model, adapter, batch, 1.0, lean=False)[0].logprobs_BR[0].tolist()
+    exact = next(model.parameters()).dtype == torch.float32
+    off = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
+    if off > (_LARGEST_ERROR_NATS if exact else _LARGEST_ERROR_NATS_HALF):  # NaN passes: FSDP2 reads on one rank
+        raise InputError(
+            f"model_name_or_path: answers are decoded with log-probabilities that are off by {off:.3f} nats from the "
+            "model's own forward pass; this architecture or adapter cannot be rolled out"
+        )
 
 
 def _decode(

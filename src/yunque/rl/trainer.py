@@ -8,9 +8,10 @@ on many, and in accumulated pieces.
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,14 +23,18 @@ from transformers import get_scheduler
 
 from yunque.distributed.gathering import Twin, compute_dtype, is_sharded, shard_frozen
 from yunque.distributed.updates import prepare_updates
+from yunque.distributed.zero import forget_forward_passes
 from yunque.errors import CheckFailed, InputError
+from yunque.models import start_check
 from yunque.models.adapter import ScoringBatch, TokenIds, pad
+from yunque.models.copying import eval_mode
 from yunque.models.encodings import QueryEncodings
 from yunque.models.policy import Policy, Reference, TokenScores, disable_dropout
 from yunque.rl.advantages import Rewards, estimate_advantages, token_rewards
 from yunque.rl.config import PPOConfig
 from yunque.rl.kl import AdaptiveKLController, FixedKLController, KLController, full_kl, kl_per_token
 from yunque.rl.losses import policy_loss, row_weights, value_loss
+from yunque.rl.rollout import check_rollouts
 from yunque.rl.statistics import Rollout, group_statistics, minibatch_variances, rollout_statistics, update_statistics
 
 T = TypeVar("T")
@@ -72,11 +77,13 @@ class PPOTrainer:
             raise InputError(f"mini_batch_size: {config.mini_batch_size} does not divide over {ranks} ranks")
         if (policy.v_head is not None) != (config.advantage_estimator == "gae"):
             raise ValueError(f"advantage_estimator {config.advantage_estimator}: only gae goes with a value head")
+        check_rollouts(policy.model, policy.adapter, accelerator.device)
         if config.disable_dropout:
             disable_dropout(policy)
         if config.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.config, self.reference, self.accelerator = config, reference, accelerator
+        self.check_rollouts(policy)
         self.adapter, self.seed, self.temperature = policy.adapter, seed, temperature
         optimizer = optimizer or _adam(policy, config)
         updates = config.ppo_epochs * config.batch_size // (config.mini_batch_size * config.gradient_accumulation_steps)
@@ -86,6 +93,7 @@ class PPOTrainer:
         self.encodings = QueryEncodings(policy.model, sharded=accelerator.distributed_type in _SHARDED)
         self.unwrapped = policy
         self._twins = self._make_twins()
+        start = start_check.plain_start(policy.model, accelerator)
         self.updates = prepare_updates(
             accelerator,
             policy,
@@ -102,6 +110,39 @@ class PPOTrainer:
             else FixedKLController(config.init_kl_coef)
         )
         self.steps_done = 0
+        if start is not None:
+            self._check_start(start)
+
+    def _check_start(self, start: start_check.PlainStart) -> None:
+        """Check the model that learns, the one that answers and the reference, as the engine has them."""
+
+        def logits(score: Callable[..., TokenScores]) -> Callable[[dict[str, Tensor]], Tensor]:
+            def forward(inputs: dict[str, Tensor]) -> Tensor:
+                response_BR = inputs.get("decoder_input_ids", inputs["input_ids"])
+                batch = ScoringBatch(inputs, response_BR, torch.ones_like(response_BR, dtype=torch.bool))
+                found = score(batch, keep_logits=True).logits_BRV
+                assert found is not None
+                return found
+
+            return forward
+
+        check = partial(start_check.check_start, start, self.unwrapped.model, self.accelerator)
+        with eval_mode(self.policy):
+            check(logits(self.policy))
+        forget_forward_passes(self.policy)
+        with self.whole() as (policy, reference):
+            if policy is not self.unwrapped:
+                check(logits(policy), "gathered model")
+            if not self.reference.is_given:
+                check(logits(reference.score), "reference")
+
+    def check_rollouts(self, policy: Policy) -> None:
+        """Check that rollouts sample from ``policy`` as its forward pass has it.
+
+        Raises:
+            InputError: they do not.
+        """
+        check_rollouts(policy.model, policy.adapter, self.accelerator.device)
 
     def _make_twins(self) -> tuple[Twin[Policy], Twin[nn.Module] | None, Reference] | None:
         """Twins of policy and of the reference's frozen copy, if any, for an engine that shards their weights."""

@@ -56,6 +56,9 @@ async def chat_completions(request: Request) -> Response:
     chat = service.chat_format(served)
     if chat is None:
         raise Problem(400, f"model: {served.name} has no chat template; use /v1/completions", param="model")
+    if chat.broken is not None:
+        ways = "use /v1/completions, or serve with --chat_template plain"
+        raise Problem(400, f"model: {served.name} takes no chats, {chat.broken}; {ways}", param="model")
     try:
         prompt = chat.render(wanted.messages)
     except ChatRefused as error:

@@ -42,12 +42,13 @@ async def generate(request: Request) -> Response:
     texts = [wanted.prompt] if isinstance(wanted.prompt, str) else wanted.prompt
     told(request).texts["prompts"] = texts
     tokens = wanted.max_new_tokens or min(_GENERATE_TOKENS, service.settings.max_new_tokens)
-    check_amounts(service.settings, max(tokens, wanted.min_new_tokens), len(texts), "max_new_tokens")
+    check_amounts(service.settings, max(tokens, wanted.min_new_tokens or 0), len(texts), "max_new_tokens")
     prompts = await encode(served, texts)
     check_prompts(served, prompts, service.settings, "prompt")
-    given = wanted.model_dump(exclude={"prompt", "model", "stream", "timeout", "max_new_tokens", "stop"})
+    others = {"prompt", "model", "stream", "timeout", "max_new_tokens", "stop"}
+    given = wanted.model_dump(exclude=others, exclude_none=True)
     try:
-        options = GenerationOptions(max_new_tokens=tokens, stop=tuple(wanted.stop), **given)
+        options = GenerationOptions(max_new_tokens=tokens, stop=tuple(wanted.stop or ()), **given)
     except InputError as error:
         raise refusal(error) from error
     limit_s = deadline_s(request, wanted.timeout, service.settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _whole(value: Any) -> Any:
@@ -39,9 +39,19 @@ Texts = Annotated[list[Text], Field(min_length=1)]
 
 
 class Body(BaseModel):
-    """A request: unknown fields, numbers as texts, NaN and infinity are errors."""
+    """A request: unknown fields, numbers as texts, NaN and infinity are errors; null is as left out."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, frozen=True,
+        json_schema_extra={"additionalProperties": {"type": "null"}},
+    )  # fmt: skip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, content: Any) -> Any:
+        if isinstance(content, dict):
+            return {name: value for name, value in content.items() if value is not None}
+        return content
 
 
 class StreamOptions(Body):
@@ -67,6 +77,8 @@ class Sampling(Body):
     stream_options: StreamOptions | None = None
     timeout: Seconds | None = Field(None, description="Seconds until the answer is given up")
     user: str | None = Field(None, description="Taken and not used")
+    safety_identifier: str | None = Field(None, description="Taken and not used")
+    prompt_cache_key: str | None = Field(None, description="Taken and not used")
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
     logit_bias: Empty | None = None
@@ -85,7 +97,9 @@ class CompletionRequest(Sampling):
 
 
 class TextPart(Body):
-    """A piece of a message."""
+    """A piece of a message; other keys, such as ``cache_control``, say nothing about its text."""
+
+    model_config = ConfigDict(extra="ignore", json_schema_extra={})
 
     type: Literal["text"]
     text: str
@@ -101,7 +115,9 @@ class Message(Body):
     cache_control: dict[str, Any] | None = Field(None, description="Taken and not used")
     # what an answer's own message has, which clients send back as it is
     refusal: None = None
-    annotations: EmptyList | None = None
+    annotations: list[Any] | None = Field(None, description="As answers hold them; taken and not used")
+    reasoning: str | None = Field(None, description="Taken and not used")
+    reasoning_content: str | None = Field(None, description="Taken and not used")
     audio: None = None
     tool_calls: EmptyList | None = None
     function_call: None = None
@@ -143,16 +159,16 @@ class GenerateRequest(Body):
     prompt: Text | Texts
     model: ModelName | None = Field(None, description="The first generating model when left out")
     max_new_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
-    min_new_tokens: Annotated[int, Field(ge=0), WHOLE] = 0
-    do_sample: bool = False
-    temperature: Annotated[float, Field(ge=0.001, le=100)] = 1.0
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] = 0
-    top_p: Annotated[float, Field(ge=0.0001, le=1)] = 1.0
-    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = 1.0
-    seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] = 0
-    stop: Annotated[list[StopText], Field(max_length=16)] = []
-    logprobs: bool = False
-    stream: bool = False
+    min_new_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
+    do_sample: bool | None = None
+    temperature: Annotated[float, Field(ge=0.001, le=100)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] | None = None
+    top_p: Annotated[float, Field(ge=0.0001, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] | None = None
+    stop: Annotated[list[StopText], Field(max_length=16)] | None = None
+    logprobs: bool | None = None
+    stream: bool | None = None
     timeout: Seconds | None = None
 
 
@@ -194,8 +210,11 @@ class CompletionLogprobs(BaseModel):
 
     tokens: list[str]
     token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None = None
-    text_offset: list[int]
+    top_logprobs: list[dict[str, float]] | None = Field(
+        None,
+        description="By token, the chosen one always among them; of tokens with one text the later are `token_id:N`",
+    )
+    text_offset: list[int] = Field(description="Characters of the text before each token")
 
 
 class CompletionChoice(BaseModel):
@@ -223,7 +242,7 @@ class Completion(BaseModel):
 class TopToken(BaseModel):
     """A token that might have been chosen."""
 
-    token: str
+    token: str = Field(description="Its text; of bytes that are no characters by themselves `bytes:\\xf0\\x9f`")
     logprob: float
     bytes: list[int]
 

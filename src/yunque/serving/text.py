@@ -7,8 +7,7 @@ from typing import Protocol
 
 from yunque.runtime.tokenizer import cleaned_up
 
-_INCOMPLETE = "\ufffd"  # how bytes that are no character yet are decoded
-_MOST_HELD = 16  # tokens without text; no character has so many
+_MOST_HELD = 16  # tokens without text
 _OPEN_WORDS = frozenset({"n", "n'", "'", "'m", "'s", "'v", "'r", ".", "?", "!", ","})
 """Words that cleaning up may yet join with what is before or after them."""
 
@@ -23,6 +22,12 @@ class Decoder(Protocol):
     def decode_raw(self, tokens: Sequence[int]) -> str:
         """Tokens as text."""
 
+    def is_special(self, token: int) -> bool:
+        """Whether texts leave the token out."""
+
+    def open_tokens(self, tokens: Sequence[int]) -> int:
+        """Number of tokens at the end whose text ends in one U+FFFD that further tokens may make a character."""
+
 
 class Detokenizer:
     """Decodes a growing list of tokens; every token is decoded a bounded number of times.
@@ -34,29 +39,35 @@ class Detokenizer:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._tokens: list[int] = []  # of the former piece and since
-        self._known = ""  # text of the former piece
-        self._former = 0  # its tokens
+        self._former = 0  # tokens of the former piece
+        self._shown = 0  # characters of the text of ``_tokens`` that are final
         self._unclean = ""
 
     def add(self, token: int) -> str:
         """The text that ``token`` makes final."""
+        if self._decoder.is_special(token):
+            return ""
         self._tokens.append(token)
         text = self._decoder.decode_raw(self._tokens)
-        new = text[len(self._known) :]
-        held = len(self._tokens) - self._former
-        if text.endswith(_INCOMPLETE) and held <= _MOST_HELD:
-            return ""
-        if not new:
-            if held > _MOST_HELD:  # special tokens without end
-                del self._tokens[self._former :]
-            return ""
-        piece = self._tokens[self._former :]
-        known = self._decoder.decode_raw(piece)
-        if known and (held > _MOST_HELD or not known.endswith(_INCOMPLETE)):
-            self._tokens, self._former, self._known = piece, len(piece), known
-        else:  # a lone space, say, which is dropped at the start of a text
-            self._former, self._known = len(self._tokens), text
+        open_tokens = self._decoder.open_tokens(self._tokens)
+        new = text[self._shown : len(text) - (1 if open_tokens else 0)]
+        self._shown += len(new)
+        if not open_tokens or len(self._tokens) - self._former > _MOST_HELD:
+            self._go_on(open_tokens)
         return self._cleaned(new) if self._decoder.cleans_up else new
+
+    def _go_on(self, open_tokens: int) -> None:
+        """Let the tokens since the former piece be the piece that the next ones are decoded with."""
+        end = len(self._tokens) - open_tokens
+        piece = self._tokens[self._former : end]
+        known = self._decoder.decode_raw(piece)
+        if known.strip(" "):
+            self._tokens, self._former = piece + self._tokens[end:], len(piece)
+        elif len(piece) > _MOST_HELD:  # without text, or spaces, of which a decoder may drop the first
+            del self._tokens[self._former + (1 if known else 0) : end - (1 if known else 0)]
+        else:
+            return
+        self._shown = len(self._decoder.decode_raw(self._tokens)) - (1 if open_tokens else 0)
 
     @property
     def held_chars(self) -> int:
@@ -65,7 +76,7 @@ class Detokenizer:
 
     def finish(self) -> str:
         """What was held back, as it is."""
-        rest = self._decoder.decode_raw(self._tokens)[len(self._known) :]
+        rest = self._decoder.decode_raw(self._tokens)[self._shown :]
         if not self._decoder.cleans_up:
             return rest
         rest, self._unclean = self._unclean + rest, ""

@@ -1,9 +1,13 @@
+import json
+import logging
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -82,14 +86,76 @@ def test_an_adapter_is_saved_with_its_value_head_and_trains_on(wrap, tmp_path):
     }
 
 
-def test_a_pickled_value_head_is_not_read(tmp_path, wrap):
+def pickled(folder, sharded=False, whole_format=True):
+    """Turn the safetensors of a folder into what TRL 0.11 wrote: pytorch_model.bin, whole or in shards."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if not sharded:
+        return torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=whole_format)
+    names = sorted(tensors)
+    places = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"pytorch_model-0000{number}-of-00002.bin"
+        torch.save({name: tensors[name] for name in part}, folder / file)
+        places |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    return (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def saved_adapter(wrap, tmp_path):
     model = wrap("gpt2", lora="fresh")
     tiny.gpt2().save_pretrained(tmp_path / "base")
     model.pretrained_model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "out")
-    (tmp_path / "out" / "model.safetensors").rename(tmp_path / "out" / "pytorch_model.bin")
-    with pytest.raises(InputError, match="pickled files are not read"):
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"sharded": True}, {"whole_format": False}], ids=["zip", "shards", "legacy"])
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+def test_a_pickled_value_head_is_read(tmp_path, wrap, caplog, family, options):
+    model = wrap(family)
+    model.save_pretrained(tmp_path / "out")
+    pickled(tmp_path / "out", **options)
+    again = WRAPPER[family].from_pretrained(str(tmp_path / "out"))
+    for key, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], weight), key
+    assert "no value head" not in caplog.text
+
+
+def test_a_pickled_value_head_beside_an_adapter_is_read(tmp_path, wrap):
+    model = saved_adapter(wrap, tmp_path)
+    pickled(tmp_path / "out")
+    again = AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "out"))
+    assert torch.equal(again.v_head.summary.weight, model.v_head.summary.weight)
+
+
+@pytest.mark.parametrize("content", ["code", "cut", "list"])
+def test_a_pickle_of_more_than_tensors_is_refused(tmp_path, wrap, content):
+    saved_adapter(wrap, tmp_path)
+    (tmp_path / "out" / "model.safetensors").unlink()
+    path = tmp_path / "out" / "pytorch_model.bin"
+    torch.save({"code": {"v_head.summary.weight": Path("x")}, "cut": {"a": IDS}, "list": [IDS]}[content], path)
+    if content == "cut":
+        path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(InputError, match="damaged or holds more than tensors"):
         AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "out"))
+
+
+def test_a_value_head_of_another_width_is_refused(wrap):
+    with pytest.raises(InputError, match="value head: the saved one has"):
+        wrap("gpt2").post_init({"v_head.summary.weight": torch.zeros(1, 3), "v_head.summary.bias": torch.zeros(1)})
+
+
+def test_only_the_value_head_is_no_unexpected_weight(tmp_path, wrap, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = wrap("gpt2")
+    model.save_pretrained(tmp_path)
+    AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path))
+    assert "UNEXPECTED" not in caplog.text
+    save_file(load_file(tmp_path / "model.safetensors") | {"stray": IDS}, tmp_path / "model.safetensors")
+    AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path))
+    assert "stray" in caplog.text
+    assert "v_head" not in caplog.text
 
 
 def test_value_head_options(tmp_path):

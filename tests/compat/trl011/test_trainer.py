@@ -39,7 +39,7 @@ def test_a_step_is_the_engine_s(wrap, trainer_of, batch_of, family, lora):
     twin = wrap(family, lora=lora)
     stats = trainer_of(ours).step(queries, responses, scores)
 
-    policy = Policy(twin.pretrained_model, adapter_for(twin, tiny.tokenizer()))
+    policy = Policy(twin.pretrained_model, adapter_for(twin.pretrained_model, tiny.tokenizer()))
     policy.v_head.summary.load_state_dict(twin.v_head.summary.state_dict())
     engine = EngineTrainer(
         EngineConfig(batch_size=4, mini_batch_size=2, learning_rate=1e-2, ppo_epochs=2),

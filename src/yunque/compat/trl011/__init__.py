@@ -1,4 +1,4 @@
-"""TRL 0.11's PPO: change ``from trl import ...`` to ``from yunque.compat.trl011 import ...``.
+"""TRL 0.11's trainers: change ``from trl import ...`` to ``from yunque.compat.trl011 import ...``.
 
 ``docs/from_trl.md`` lists what differs, and what ``PPOConfig(strict=True)`` brings back.
 """
@@ -13,15 +13,33 @@ from yunque.compat.trl011.models import (
     create_reference_model,
 )
 from yunque.compat.trl011.trainer import PPOTrainer
+from yunque.compat.trl011.trainers import (
+    DPOConfig,
+    DPOTrainer,
+    ORPOConfig,
+    ORPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 __all__ = [
     "SUPPORTED_ARCHITECTURES",
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
+    "DPOConfig",
+    "DPOTrainer",
     "LengthSampler",
+    "ORPOConfig",
+    "ORPOTrainer",
     "PPOConfig",
     "PPOTrainer",
     "PreTrainedModelWrapper",
+    "RewardConfig",
+    "RewardTrainer",
+    "SFTConfig",
+    "SFTTrainer",
     "create_reference_model",
     "set_seed",
 ]

@@ -63,6 +63,9 @@ class Engine(EngineTrainer):
     rollout: Rollout
     advantages_BR: Tensor
 
+    def check_rollouts(self, policy: Policy) -> None:
+        """Nothing: answers come from transformers' own generate."""
+
     def _update(self, rollout: Rollout, advantages_BR: Tensor, returns_BR: Tensor) -> dict[str, float]:
         self.rollout, self.advantages_BR = rollout, advantages_BR
         return super()._update(rollout, advantages_BR, returns_BR)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yunque.models.policy import eval_mode
+from yunque.models.copying import eval_mode
 
 LengthSampler = Callable[[], int]
 

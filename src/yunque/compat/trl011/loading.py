@@ -1,12 +1,18 @@
-"""Loading of what TRL 0.11's wrappers load: models, adapters, value heads, reward adapters; safetensors only."""
+"""Loading of what TRL 0.11's wrappers load: models, adapters, value heads, reward adapters."""
 
 from __future__ import annotations
 
 import json
 import logging
+import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from accelerate import PartialState
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
@@ -18,8 +24,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from yunque.errors import InputError
 
 WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _PICKLED = "pytorch_model.bin"
+_HEAD = "v_head."
 _KBIT_OPTIONS = ("use_gradient_checkpointing", "gradient_checkpointing_kwargs")
 
 logger = logging.getLogger(__name__)
@@ -41,9 +47,11 @@ def load(
         if peft_config is not None:
             logger.warning("peft_config: ignored, %s holds an adapter already", name)
         base = PeftConfig.from_pretrained(name, token=token).base_model_name_or_path
-        model = auto.from_pretrained(base, *model_args, **options)
+        with _value_head_is_expected():
+            model = auto.from_pretrained(base, *model_args, **options)
         return PeftModel.from_pretrained(model, name, is_trainable=is_trainable, token=token)
-    model = auto.from_pretrained(name, *model_args, **options)
+    with _value_head_is_expected():
+        model = auto.from_pretrained(name, *model_args, **options)
     return model if peft_config is None else with_new_adapter(model, peft_config, kbit)
 
 
@@ -69,20 +77,19 @@ def read_value_head(name: str, token: Any = None) -> dict[str, Tensor]:
     """Tensors ``v_head.*`` of a folder or hub model; empty, with a warning, where it has none.
 
     Raises:
-        InputError: an adapter folder keeps its value head in a pickled file.
+        InputError: a file that may hold the head cannot be read as tensors alone.
     """
-    head: dict[str, Tensor] = {}
-    for path in _weight_files(name, token):
-        with safe_open(path, "pt") as file:
-            head |= {key: file.get_tensor(key) for key in file.keys() if key.startswith("v_head.")}  # noqa: SIM118
-    if not head:
-        if _holds_pickled_head(name):
-            raise InputError(
-                f"pretrained_model_name_or_path: {name} keeps its value head in {_PICKLED}, and pickled files are not "
-                f"read; load and save it as {WEIGHTS} where you trust it, or remove it to start with a new value head"
-            )
-        logger.warning("%s has no value head: a new one is made (as it should be where PPO starts)", name)
-    return head
+    for whole in (WEIGHTS, _PICKLED):
+        head: dict[str, Tensor] = {}
+        files = _weight_files(name, whole, token)
+        for path in files:
+            head |= _head_of(path)
+        if head:
+            return head
+        if files and not Path(name).is_dir():
+            break  # a hub model's other format holds the same, and would be a second download
+    logger.warning("%s has no value head: a new one is made (as it should be where PPO starts)", name)
+    return {}
 
 
 def load_reward_adapter(model: PeftModel, name: str, adapter_name: str) -> nn.Linear:
@@ -121,19 +128,45 @@ def _today(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _weight_files(name: str, token: Any) -> list[str]:
-    """Files that may hold the value head."""
-    single = find(name, WEIGHTS, token)
-    if single is not None:
-        return [single]
-    index = find(name, _INDEX, token)
+def _weight_files(name: str, whole: str, token: Any) -> list[str]:
+    """Files that may hold the value head: ``whole``, or those of its shards whose index names the head."""
+    path = find(name, whole, token)
+    if path is not None:
+        return [path]
+    index = find(name, f"{whole}.index.json", token)
     if index is None:
         return []
     shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-    wanted = sorted({shard for key, shard in shards.items() if key.startswith("v_head.")})
-    return [path for shard in wanted if (path := find(name, shard, token)) is not None]
+    wanted = sorted({shard for key, shard in shards.items() if key.startswith(_HEAD)})
+    paths = {shard: find(name, shard, token) for shard in wanted}
+    if missing := [shard for shard, path in paths.items() if path is None]:
+        raise InputError(f"pretrained_model_name_or_path: {name} lacks {missing[0]}, which holds its value head")
+    return [path for path in paths.values() if path is not None]
 
 
-def _holds_pickled_head(name: str) -> bool:
-    """In an adapter folder, TRL 0.11's pytorch_model.bin can only be the value head."""
-    return (Path(name) / _PICKLED).is_file() and (Path(name) / "adapter_config.json").is_file()
+def _head_of(path: str) -> dict[str, Tensor]:
+    """Tensors ``v_head.*`` of one file; a pickled one is read by torch's reader of tensors, which runs no code."""
+    if path.endswith(".safetensors"):
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys() if key.startswith(_HEAD)}  # noqa: SIM118
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return {key: tensor.clone() for key, tensor in tensors.items() if key.startswith(_HEAD)}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"pretrained_model_name_or_path: {path} is damaged or holds more than tensors, so its value head is not "
+            f"read; save the head as {WEIGHTS} where you trust the file, or remove it to start with a new head"
+        ) from error
+
+
+@contextmanager
+def _value_head_is_expected() -> Iterator[None]:
+    """Keep the value head out of transformers' report of unexpected weights: it is read apart."""
+    adjust = PreTrainedModel._adjust_missing_and_unexpected_keys
+
+    def without_head(model: PreTrainedModel, info: Any) -> None:
+        adjust(model, info)
+        info.unexpected_keys = {key for key in info.unexpected_keys if not key.startswith(_HEAD)}
+
+    with patch.object(PreTrainedModel, "_adjust_missing_and_unexpected_keys", without_head):
+        yield

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from yunque.compat.trl011 import loading
+from yunque.errors import InputError
 from yunque.models.loading import keep_head_untied
 
 LAYER_PATTERNS = (
@@ -134,8 +135,18 @@ class PreTrainedModelWrapper(nn.Module):
         return PartialState().local_process_index if torch.cuda.is_available() else "cpu"
 
     def post_init(self, state_dict: dict[str, Tensor]) -> None:
-        """Load the value head from tensors named ``v_head.*``; nothing happens without them."""
-        head = {name.removeprefix("v_head."): weight for name, weight in state_dict.items() if "v_head." in name}
+        """Load the value head from tensors named ``v_head.*``; nothing happens without them.
+
+        Raises:
+            InputError: they are of another head: other names, or another width.
+        """
+        head = {
+            name.removeprefix("v_head."): weight for name, weight in state_dict.items() if name.startswith("v_head.")
+        }
+        shapes = {name: tuple(weight.shape) for name, weight in head.items()}
+        expected = {name: tuple(weight.shape) for name, weight in self.v_head.state_dict().items()}
+        if shapes and shapes != expected:
+            raise InputError(f"value head: the saved one has {shapes}, this model's has {expected}")
         if head:
             self.v_head.load_state_dict(head)
 

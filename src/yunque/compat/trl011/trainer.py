@@ -25,6 +25,7 @@ from yunque.compat.trl011.engine import WrappedReference, build_engine, shared_t
 from yunque.compat.trl011.generation import generate_batched, generate_one
 from yunque.compat.trl011.models import SUPPORTED_ARCHITECTURES, create_reference_model, upload
 from yunque.compat.trl011.pieces import PPOPieces
+from yunque.compat.trl011.pipeline_rewards import warn_of_positions, watch_pipelines
 from yunque.errors import InputError
 from yunque.rl.config import RewardArguments
 from yunque.rl.kl import AdaptiveKLController, FixedKLController
@@ -69,6 +70,7 @@ class PPOTrainer(PPOPieces):
     ) -> None:
         config = _check_arguments(config, model, ref_model, tokenizer, dataset, lr_scheduler)
         set_seed(config.seed)
+        watch_pipelines()
         self.config, self.model, self.tokenizer, self.dataset = config, model, tokenizer, dataset
         self.is_encoder_decoder, self.is_peft_model = model.is_encoder_decoder, model.is_peft_model
         self.accelerator = self._start_accelerator()
@@ -203,6 +205,7 @@ class PPOTrainer(PPOPieces):
         queries, responses, scores, response_masks = self._step_safety_checker(
             self.config.batch_size, queries, responses, scores, response_masks
         )
+        warn_of_positions([float(score) for score in scores])
         all_scores = self.scaler(self._engine.gather([float(score) for score in scores]))
         self._push_if_best(sum(all_scores) / len(all_scores))
         with PPODecorators.empty_device_cache():

@@ -50,9 +50,7 @@ LEFT_OUT = {
         r"^bash \.\./shared/peers",
     ),
     "ten minutes beside a server of the reader's": (r"--server_pid PID",),
-    "half an hour of a core, or goes on from it": (
-        *(r"pipeline_dialogsum", r"--resume --max_steps 3200", r"pipeline_embedded.yaml --step int8"),
-    ),
+    "half an hour of a core, or goes on from it": (*(r"pipeline_dialogsum", r"pipeline_embedded.yaml --step int8"),),
 }
 """Reasons, and patterns of the commands that are not run here for them."""
 

@@ -3,23 +3,26 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
 import trl
 from jinja2 import TemplateError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl.data_utils import apply_chat_template, extract_prompt
 
 from yunque.data.arguments import DataArguments, PreferenceArguments, TemplateArguments
-from yunque.data.chat import MESSAGES, chat_frame, encode_conversation, pair_texts, prompt_text
+from yunque.data.chat import MESSAGES, _reads_parts, chat_frame, encode_conversation, pair_texts, prompt_text
 from yunque.data.held_out import load_held_out
 from yunque.data.instructions import load_instructions
 from yunque.data.loading import load_splits
 from yunque.data.mixtures import Encoding, Task, prepare_task
 from yunque.data.preferences import load_preferences
 from yunque.data.prompts import prepare_prompts
+from yunque.data.targets import encode_continuations
 from yunque.errors import InputError
+from yunque.runtime.chat_template import in_parts
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 MARKING = [
@@ -112,6 +115,65 @@ def test_a_template_that_rewrites_answers_or_has_other_prompts_is_refused():
 def test_a_space_before_an_answer_is_the_answer_s():
     assert chat_frame(tokenizer(LLAMA2), None).beginning == " "
     assert chat_frame(tokenizer(PLAIN), None).beginning == " "
+
+
+def spaced(template):
+    """A tokenizer that puts a space before every piece of text between special tokens, as Llama 2's."""
+    vocabulary = {
+        token: number for number, token in enumerate(["<unk>", "</s>", "<s>", *map(chr, range(33, 127)), "▁"])
+    }
+    inner = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", chat_template=template)
+
+
+@pytest.mark.parametrize("kind", [letters, spaced])
+@pytest.mark.parametrize("path", [None, *sorted(TEMPLATES.glob("*.jinja"))], ids=lambda path: path and path.stem)
+def test_texts_train_on_the_template_s_own_tokens(kind, path):
+    tokens = kind(LLAMA2 if path is None else path.read_text())
+    try:
+        frame = chat_frame(tokens, None)
+    except InputError:
+        pytest.skip("it writes more before an answer than before a generated one")
+    for text, answer in [("Hello", "Fine."), ("Hello\n", "Fine."), ("  Hello", " Fine. "), ("Hello ", "Fine.\n")]:
+        rows = datasets.Dataset.from_dict({"text": [text], "references": [[answer]]})
+        rows = frame.wrap(rows, "{text}")
+        prompts = prepare_prompts(rows, tokens, DataArguments("x"), append_eos=False, special_tokens=False).dataset
+        encoded, _ = encode_continuations(prompts, tokens, 64, [tokens.eos_token_id], frame)
+        chat = in_parts([{"role": "user", "content": text}, {"role": "assistant", "content": answer}])
+        if not _reads_parts(tokens, tokens.chat_template):
+            chat = [{**turn, "content": turn["content"][0]["text"]} for turn in chat]
+        prompt = tokens.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+        assert prompts["query"][0] == prompt
+        whole = tokens.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
+        found = encoded["input_ids"][0]
+        assert found == whole if tokens.eos_token_id in whole[-3:] else found[:-1] == whole
+
+
+def test_white_space_inside_a_prompt_template_stays():
+    frame = chat_frame(tokenizer(LLAMA2), None)
+    rows = frame.wrap(datasets.Dataset.from_dict({"text": [" a "]}), " Sum: {text} = ")
+    assert (rows[0]["head"], rows[0]["text"], rows[0]["tail"]) == ("<s> [INST] Sum: ", " a ", " = [/INST]")
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "smolvlm_training", "idefics3", "llava_next"])
+def test_templates_of_parts_keep_the_words(name):
+    tokens, chat = letters((TEMPLATES / f"{name}.jinja").read_text()), CHAT[1:3]
+    ids, trained = encode_conversation(tokens, row(chat))
+    assert ids == tokens.apply_chat_template(in_parts(chat), tokenize=True, return_dict=True)["input_ids"]
+    assert "w5 w6" in tokens.decode(ids)
+    assert "w20 w21" in tokens.decode([token for token, said in zip(ids, trained, strict=True) if said])
+
+
+def test_templates_of_texts_take_lists_of_parts():
+    tokens = tokenizer(PLAIN)
+    assert encode_conversation(tokens, row(in_parts(CHAT))) == encode_conversation(tokens, row(CHAT))
+
+
+def test_a_template_without_the_user_s_words_is_refused():
+    with pytest.raises(InputError, match="chat_template: its chat template leaves out what a user says"):
+        encode_conversation(tokenizer("{% for m in messages %}{{ m.role }}{% endfor %}"), row(CHAT))
 
 
 # --- data sets --------------------------------------------------------------------------------------------------------

@@ -25,12 +25,18 @@ PARTS = (
     "{% for m in messages %}{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}"
     "{% endfor %}{% endfor %}"
 )
+SYSTEM_FIRST = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + PARTS
+UPPER = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+SCOPE = (
+    "{% for m in messages %}{% generation %}{% set seen = 'inside' %}{{ loop.index }}{{ m.content }}"
+    "{% endgeneration %}{{ seen }}{% endfor %}"
+)
 MISSING = "{{ bos_token }}{% if cls_token is defined %}x{% endif %}{{ messages[0].content }}{{ unknown }}"
 
 
-def rendered(source, folder):
+def rendered(source, folder, **tokens):
     """Prompts of all chats by transformers and by ours; None where a template refuses one."""
-    tokenizer = tiny.tokenizer(bos_token="<s>", chat_template=source)
+    tokenizer = tiny.tokenizer(bos_token="<s>", chat_template=source, **tokens)
     tokenizer.save_pretrained(folder)
     template = read_chat_template(folder)
     for chat in CHATS:
@@ -65,3 +71,19 @@ def test_what_templates_are_given_is_what_transformers_gives(source, tmp_path):
     pairs = [*rendered(source, tmp_path)]
     assert [ours for _, ours in pairs] == [theirs for theirs, _ in pairs]
     assert "hi there" in pairs[0][1]
+
+
+@pytest.mark.parametrize("source", [SYSTEM_FIRST, UPPER, SCOPE], ids=["system first", "upper case", "scope"])
+def test_no_template_loses_words_or_keeps_what_a_block_sets(source, tmp_path):
+    pairs = [*rendered(source, tmp_path)]
+    assert [ours for _, ours in pairs] == [theirs for theirs, _ in pairs]
+    assert "be kind" in pairs[1][1].lower()
+
+
+@pytest.mark.parametrize("given", ["attribute", "extra_special_tokens"])
+def test_templates_get_a_model_s_own_named_tokens(given, tmp_path):
+    source = "{{ image_token }}{{ messages[-1].content }}"
+    tokens = {"image_token": "</s>"}
+    pairs = [*rendered(source, tmp_path, **(tokens if given == "attribute" else {given: tokens}))]
+    assert [ours for _, ours in pairs] == [theirs for theirs, _ in pairs]
+    assert pairs[0][1] == "</s>hi there"

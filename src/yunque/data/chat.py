@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import datasets
 
 from yunque.data.arguments import TEXT_FIELD
 from yunque.errors import InputError
+from yunque.runtime.chat_template import TemplateFailed, in_parts, reads_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,9 +85,32 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
     if not tokenizer.chat_template:
         raise InputError("chat_template: the tokenizer has none; leave it out, or take an instruct model's tokenizer")
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
+        turns = _as_read(tokenizer, messages)
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
+    except TemplateFailed as error:
+        raise InputError(f"chat_template: {error}") from error
     except Exception as error:  # whatever a Jinja template raises, such as "no system role"
         raise InputError(f"chat_template: the tokenizer's template does not take the messages: {error}") from error
+
+
+def _as_read(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
+    """Messages with contents in the form that the tokenizer's template reads: texts, or lists of parts."""
+    if _reads_parts(tokenizer, str(tokenizer.chat_template)):
+        return in_parts(messages)
+    return [
+        {**message, "content": content_of(message)} if _is_text(message.get("content")) else message
+        for message in messages
+    ]
+
+
+def _is_text(content: Any) -> bool:
+    return isinstance(content, list) and all(part.get("type") == "text" for part in content)
+
+
+@lru_cache(maxsize=8)
+def _reads_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """As ``reads_parts``; ``template`` is that of ``tokenizer``, which may get another."""
+    return reads_parts(lambda chat: str(tokenizer.apply_chat_template(chat, tokenize=False)))
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, row: str) -> str:
@@ -112,18 +137,24 @@ _OTHER_ANSWERS = (
 )
 
 
+Trim = tuple[bool, bool]
+"""Whether a template takes the white space off the left and off the right of a message."""
+
+
 @dataclass(frozen=True)
 class ChatFrame:
     """What the template writes before the user's words, between them and the answer, and around the answer.
 
     ``beginning`` is the space that Llama 2's, Mistral's and Vicuna's put before an answer but not before a generated
-    one: it is the answer's own.
+    one: it is the answer's own. ``trims`` and ``trims_answer``: Llama's and Gemma's templates take off white space.
     """
 
     head: str
     tail: str
     beginning: str
     ending: str
+    trims: Trim = (False, False)
+    trims_answer: Trim = (False, False)
 
     def wrap(self, rows: datasets.Dataset, template: str) -> datasets.Dataset:
         """Rows with "head" and "tail" inside the chat; where they have none, those of ``template``."""
@@ -133,8 +164,26 @@ class ChatFrame:
             head, _, tail = template.partition(TEXT_FIELD)
             heads, tails = [head] * len(rows), [tail] * len(rows)
         columns = {name: list(rows[name]) for name in rows.column_names}
+        texts = list(zip(heads, rows["text"], tails, strict=True))
+        heads, columns["text"], tails = map(list, zip(*(_trimmed(parts, self.trims) for parts in texts), strict=True))
         columns |= {"head": [self.head + head for head in heads], "tail": [tail + self.tail for tail in tails]}
         return datasets.Dataset.from_dict(columns)
+
+    def answer(self, text: str) -> str:
+        """An answer as the template writes it behind the prompt."""
+        return self.beginning + _trimmed(("", text, ""), self.trims_answer)[1] + self.ending
+
+
+def _trimmed(parts: tuple[str, str, str], trim: Trim) -> tuple[str, str, str]:
+    """Head, text and tail whose whole has no white space on the left, on the right, where ``trim`` says so."""
+    head, text, tail = parts
+    if trim[0]:
+        head = head.lstrip()
+        text = text if head else text.lstrip()
+    if trim[1]:
+        tail = tail.rstrip()
+        text = text if tail else text.rstrip()
+    return head, text, tail
 
 
 def chat_frame(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> ChatFrame:
@@ -143,15 +192,21 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) ->
     Raises:
         InputError: the tokenizer has no template, or one that does not go on from its own prompt with the answer.
     """
-    turns = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    turns.append({"role": "user", "content": _USER})
-    prompt = render(tokenizer, turns, ask=True)
-    whole = render(tokenizer, [*turns, {"role": ASSISTANT, "content": _ASSISTANT}], ask=False)
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+
+    def rendered(user: str, *answers: str) -> str:
+        turns = [{"role": "user", "content": user}, *({"role": ASSISTANT, "content": answer} for answer in answers)]
+        return render(tokenizer, [*system, *turns], ask=not answers)
+
+    prompt, whole = rendered(_USER), rendered(_USER, _ASSISTANT)
     head, user, tail = prompt.partition(_USER)
     beginning, assistant, ending = whole.removeprefix(prompt).partition(_ASSISTANT)
     if not user or not assistant or beginning.strip() or not whole.startswith(prompt):
         raise InputError(_OTHER_ANSWERS)
-    return ChatFrame(head, tail, beginning, ending)
+    padded, answered = rendered(f" {_USER} "), rendered(_USER, f" {_ASSISTANT} ")
+    trims = (f"{head} {_USER}" not in padded, f"{_USER} {tail}" not in padded)
+    trims_answer = (f"{prompt}{beginning} {_ASSISTANT}" not in answered, f"{_ASSISTANT} {ending}" not in answered)
+    return ChatFrame(head, tail, beginning, ending, trims, trims_answer)
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -176,7 +231,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, row: str) -> tuple[l
     since = 0 if chat["all"] else len(render(tokenizer, chat["prompt"], ask=False))
     if _GENERATION.search(str(tokenizer.chat_template)):
         marked: Any = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            _as_read(tokenizer, messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         spoken = [bool(mask) for mask in marked["assistant_masks"]]
     else:

@@ -88,7 +88,6 @@ def prepare_task(task: Task, tokenizer: PreTrainedTokenizerBase, encoding: Encod
     encoded = {}
     chats = MESSAGES in data.train.column_names
     frame = chat_frame(tokenizer, task.templates.system_prompt) if task.templates.chat_template and not chats else None
-    around = None if frame is None else (frame.beginning, frame.ending)
     for split, rows in (("train", data.train), ("test", data.test)):
         if frame is not None:
             rows = frame.wrap(rows, task.data.prompt_template)
@@ -107,7 +106,7 @@ def prepare_task(task: Task, tokenizer: PreTrainedTokenizerBase, encoding: Encod
         elif encoding.encoder_decoder:
             labelled, targets = encode_targets(prompts.dataset, tokenizer, length, encoding.eos_ids)
         else:
-            labelled, targets = encode_continuations(prompts.dataset, tokenizer, length, encoding.eos_ids, around)
+            labelled, targets = encode_continuations(prompts.dataset, tokenizer, length, encoding.eos_ids, frame)
         kept = {"query": list(prompts.dataset["query"]), "references": list(prompts.dataset["references"])}
         kept |= {"prompt_ids": list(prompts.dataset["input_ids"])} if split == "test" else {}
         encoded[split] = _with_columns(labelled, kept) if split == "test" else labelled

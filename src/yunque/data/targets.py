@@ -10,7 +10,7 @@ import datasets
 import torch
 from torch import Tensor
 
-from yunque.data.chat import MESSAGES, encode_conversation
+from yunque.data.chat import MESSAGES, ChatFrame, encode_conversation
 from yunque.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,37 +84,37 @@ def encode_continuations(
     tokenizer: PreTrainedTokenizerBase,
     max_target_length: int,
     eos_ids: Sequence[int],
-    around: tuple[str, str] | None = None,
+    frame: ChatFrame | None = None,
 ) -> tuple[datasets.Dataset, str]:
     """Rows of "input_ids", prompt and first reference as one sequence, and "labels", -100 on the prompt's tokens.
 
     The answer has at most ``max_target_length`` tokens, and one of ``eos_ids`` at or near its end (the first, where it
-    has none), so that the model learns to stop; a cut answer keeps it. ``around`` is what a chat template writes before
-    and behind an answer: prompt and answer are one text then, whose tokens are the template's. Also returns a line as
+    has none), so that the model learns to stop; a cut answer keeps it. With ``frame`` prompt, answer and what the
+    chat template writes behind it are one text, whose tokens are the template's. Also returns a line as
     ``encode_targets``.
     """
     texts = [references[0] for references in dataset["references"]]
-    prompts, end = list(dataset["input_ids"]), []
-    if around is None:
+    prompts, end, stop = list(dataset["input_ids"]), [], [eos_ids[0]]
+    if frame is None:
         whole = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     else:
-        queries = list(dataset["query"])
-        chats = [query + around[0] + text for query, text in zip(queries, texts, strict=True)]
+        chats = [query + frame.answer(text) for query, text in zip(dataset["query"], texts, strict=True)]
         joint = tokenizer(chats, add_special_tokens=False, verbose=False)["input_ids"]
         borders = [_common(prompt, ids) for prompt, ids in zip(prompts, joint, strict=True)]
         prompts = [prompt[:border] for prompt, border in zip(prompts, borders, strict=True)]
         whole = [ids[border:] for ids, border in zip(joint, borders, strict=True)]
-        end = list(tokenizer(around[1], add_special_tokens=False)["input_ids"]) if around[1] else []
-    if not set(end) & set(eos_ids):
-        end.append(eos_ids[0])
+        end = list(tokenizer(frame.ending, add_special_tokens=False)["input_ids"]) if frame.ending else []
+        stop = stop if not set(end) & set(eos_ids) else []
+    end += stop
     room = max(1, max_target_length - len(end))
     input_ids, labels, lost = [], [], []
     for prompt, answer in zip(prompts, whole, strict=True):
-        target = [*answer[:room], *end]
+        target = [*answer, *stop]
+        if len(target) > room + len(end):
+            lost.append(len(target) - room - len(end))
+            target = [*answer[:room], *end]
         input_ids.append([*prompt, *target])
         labels.append([IGNORED] * len(prompt) + target)
-        if len(answer) > room:
-            lost.append(len(answer) - room)
     report = f"answers: {len(texts):,}, cut to {max_target_length} tokens: {len(lost):,} ({sum(lost):,} tokens lost)"
     return datasets.Dataset.from_dict({"input_ids": input_ids, "labels": labels}), report
 

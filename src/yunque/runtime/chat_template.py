@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,11 +14,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-Turns = Sequence[Mapping[str, str]]
+Turns = Sequence[Mapping[str, Any]]
 """Messages of "role" and "content"."""
 
-_TOKENS = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-_PROBE = "what the user says"
+_PROBES = ("what the user says", "when they wrote it")  # of one length
 _FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 
@@ -40,9 +39,7 @@ class ChatTemplate:
         Raises:
             TemplateFailed: the template does not take these messages, such as two turns of a user in a row.
         """
-        turns: list[dict[str, Any]] = [dict(message) for message in messages]
-        if self.parts:
-            turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        turns = in_parts(messages) if self.parts else [dict(message) for message in messages]
         given = {"tools": None, "documents": None, "add_generation_prompt": True, **self.tokens}
         try:
             return str(self.template.render(messages=turns, **given))
@@ -66,23 +63,41 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
         template = _environment().from_string(source)
     except (OSError, ValueError, TemplateError, RecursionError) as error:
         raise TemplateFailed(f"its chat template is not valid: {error}") from error
-    tokens = {name: text for name in _TOKENS if (text := _token(config.get(name)))}
-    found = [ChatTemplate(template, tokens), ChatTemplate(template, tokens, parts=True)]
-    for form in found:
-        if _reads_user(form):
-            return form
-    try:
-        found[0].render([{"role": "user", "content": _PROBE}])
-    except TemplateFailed:
-        return found[0]  # it wants another conversation than a single turn, or none: it says so for each
-    raise TemplateFailed("its chat template leaves out what a user says")
+    found = ChatTemplate(template, _named_tokens(config))
+    return replace(found, parts=reads_parts(found.render))
 
 
-def _reads_user(form: ChatTemplate) -> bool:
-    try:
-        return _PROBE in form.render([{"role": "user", "content": _PROBE}])
-    except TemplateFailed:
-        return False
+def in_parts(messages: Turns) -> list[dict[str, Any]]:
+    """Messages whose contents are lists of parts."""
+    return [
+        {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else dict(message)
+        for message in messages
+        for content in [message.get("content")]
+    ]
+
+
+def reads_parts(render: Callable[[list[dict[str, Any]]], str]) -> bool:
+    """Whether a template, which ``render`` gives messages to, reads contents as lists of parts only.
+
+    What it reads shows in what it writes: other words of the user make another prompt.
+
+    Raises:
+        TemplateFailed: it leaves out what a user says, in either form.
+    """
+    taken = False
+    for opening in ([], [{"role": "system", "content": "be brief"}]):  # some templates want a system's turn
+        chats = [[*opening, {"role": "user", "content": probe}] for probe in _PROBES]
+        for parts in (False, True):
+            try:
+                prompts = {str(render(in_parts(chat) if parts else chat)) for chat in chats}
+            except Exception:  # whatever a template raises
+                continue
+            if len(prompts) > 1:
+                return parts
+            taken = True
+    if taken:
+        raise TemplateFailed("its chat template leaves out what a user says")
+    return False  # it wants another conversation: it says so for each
 
 
 def _source(folder: Path, config: Mapping[str, Any]) -> str | None:
@@ -96,9 +111,13 @@ def _source(folder: Path, config: Mapping[str, Any]) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _token(value: Any) -> str | None:
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by the names that templates know them by: ``bos_token``, and a model's own as ``image_token``."""
+    extra = config.get("extra_special_tokens")
+    named = {name: value for name, value in config.items() if name.endswith("_token")}
+    named |= extra if isinstance(extra, dict) else {}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str) and text}
 
 
 class _Generation(Extension):
@@ -106,10 +125,10 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 reads it from the class)
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The body of the block."""
-        next(parser.stream)
-        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The body of the block, which keeps what it sets to itself."""
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

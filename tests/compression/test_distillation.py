@@ -133,10 +133,17 @@ def test_own_answers_are_the_student_s_samples(family, build):
 
 def test_turns_are_drawn_in_the_stated_share(build):
     trainer = build("llama", on_policy_share=0.3)
-    turns = []
-    for trainer.state.global_step in range(400):
-        turns.append(trainer._turn_is_the_student_s())
-    assert 80 < sum(turns) < 160
+
+    def turns():
+        found = []
+        for trainer.state.global_step in range(400):
+            found.append(trainer._turn_is_the_student_s())
+        return sum(found)
+
+    trainer.model.train()
+    assert 80 < turns() < 160
+    trainer.model.eval()
+    assert turns() == 0  # an evaluation is of the reference answers alone
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -192,11 +192,12 @@ SHARE_GPT = [{"from": "human", "value": "w5"}, {"from": "gpt", "value": "w20"}]
     "columns",
     [
         {"messages": CHAT[1:3]},
+        {"messages": CHAT[1:3], "summary": "w50"},
         {"conversations": SHARE_GPT},
         {"prompt": CHAT[1:2], "completion": CHAT[2:3]},
         {"prompt": CHAT[1:2], "completion": "w20 w21"},
     ],
-    ids=["messages", "ShareGPT", "prompt and completion", "completion as text"],
+    ids=["messages", "messages beside another column", "ShareGPT", "prompt and completion", "completion as text"],
 )
 def test_formats_of_conversations_become_prompts_and_labels(columns, tmp_path):
     name = written(tmp_path, [{**columns, "id": number} for number in range(6)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from yunque.runtime.tokenizer import leading_tokens, without_second
@@ -24,3 +25,8 @@ def beginning(tokenizer: Any) -> list[int]:
     """Special tokens that ``tokenizer`` puts before every text."""
     plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     return leading_tokens(plain, whole)
+
+
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of tokens that both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -109,4 +109,4 @@ def _row(
         answer = [prompt.pop()] if prompt[-1]["role"] == ASSISTANT and len(prompt) > 1 else []
         kept |= conversation_row(prompt, answer, train_all=False)
     references = [text for text in texts if text is not None]
-    return {**kept, "references": references or kept["references"]}
+    return {**kept, "references": kept["references"] or references}

@@ -324,9 +324,10 @@ def _conversation_rows(
         where = f"text_column: '{column}', row {number + 1} of split '{raw.split}' of '{raw.name}'"
         if not is_conversation(row.get(column)):
             continue
-        prompt, train_all = read_messages(row[column], where), not targets
+        prompt = read_messages(row[column], where)
         answer: list[dict[str, Any]] = []
-        if not targets:
+        train_all = not targets or prompt[-1]["role"] == ASSISTANT  # which ends with its answer, whatever stands beside
+        if train_all:
             prompt, answer = prompt[:-1], prompt[-1:]
         elif is_conversation(target := row.get(targets[0])):
             answer = read_messages(target, where)

@@ -12,7 +12,6 @@ from typing import Any
 
 from yunque.data import chat
 from yunque.data.arguments import PreferenceArguments
-from yunque.data.chat import is_conversation
 from yunque.data.loading import (
     LoadedData,
     LoadedSplit,
@@ -147,7 +146,7 @@ def _pairs(args: PreferenceArguments, raw: RawSplit, counts: Counter[str]) -> It
 def _single(
     args: PreferenceArguments, raw: RawSplit, row: Mapping[str, Any], where: str, counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    if is_conversation(row.get(args.chosen_column)):
+    if chat.is_conversation(row.get(args.chosen_column)):
         yield from _conversations(args, row, where, counts)
         return
     chosen = text_of(row.get(args.chosen_column), f"chosen_column: {where}")
@@ -176,12 +175,12 @@ def _conversations(
     args: PreferenceArguments, row: Mapping[str, Any], where: str, counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     """A pair of messages: with a prompt of messages or a text, or two conversations that begin alike."""
-    if not is_conversation(row.get(args.rejected_column)):
+    if not chat.is_conversation(row.get(args.rejected_column)):
         raise InputError(f"rejected_column: {where}: '{args.chosen_column}' holds messages, and this does not")
     columns = (("chosen_column", args.chosen_column), ("rejected_column", args.rejected_column))
     sides = [chat.read_messages(row[column], f"{option}: {where}") for option, column in columns]
     given = row.get(args.prompt_column)
-    if is_conversation(given):
+    if chat.is_conversation(given):
         prompt = chat.read_messages(given, f"prompt_column: {where}")
     else:  # two whole conversations; a text beside them is their first message once more
         same = zip(*sides, strict=False)

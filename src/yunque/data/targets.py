@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from yunque.data.chat import MESSAGES, ChatFrame, encode_conversation
+from yunque.data.encoding import common_length
 from yunque.errors import InputError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def encode_continuations(
     else:
         chats = [query + frame.answer(text) for query, text in zip(dataset["query"], texts, strict=True)]
         joint = tokenizer(chats, add_special_tokens=False, verbose=False)["input_ids"]
-        borders = [_common(prompt, ids) for prompt, ids in zip(prompts, joint, strict=True)]
+        borders = [common_length(prompt, ids) for prompt, ids in zip(prompts, joint, strict=True)]
         prompts = [prompt[:border] for prompt, border in zip(prompts, borders, strict=True)]
         whole = [ids[border:] for ids, border in zip(joint, borders, strict=True)]
         end = list(tokenizer(frame.ending, add_special_tokens=False)["input_ids"]) if frame.ending else []
@@ -141,10 +141,6 @@ def encode_conversations(
     cut = [count for count in lost if count]
     report = f"conversations: {len(labels):,}, cut to {max_length} tokens: {len(cut):,} ({sum(cut):,} tokens lost)"
     return datasets.Dataset.from_dict({"input_ids": input_ids, "labels": labels}), report
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def pack(rows: datasets.Dataset, max_length: int) -> tuple[datasets.Dataset, str]:

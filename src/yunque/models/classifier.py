@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yunque.data import chat
-from yunque.data.chat import MESSAGES
 from yunque.data.encoding import encode
 from yunque.errors import InputError
 from yunque.models.arguments import ModelArguments
@@ -108,8 +107,8 @@ def pair_texts(
     answers = list(dataset[answer])
     if reward_text == "response":
         return answers
-    if MESSAGES in dataset.column_names and tokenizer is not None and tokenizer.chat_template:
-        pairs = [chat.pair_texts(tokenizer, row) for row in dataset[MESSAGES]]
+    if chat.MESSAGES in dataset.column_names and tokenizer is not None and tokenizer.chat_template:
+        pairs = [chat.pair_texts(tokenizer, row) for row in dataset[chat.MESSAGES]]
         return [pair["prompt"] + pair[answer] for pair in pairs]
     return [prompt + text for prompt, text in zip(dataset["prompt"], answers, strict=True)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from yunque.data.chat import MESSAGES, pair_texts
-from yunque.data.encoding import encode
+from yunque.data.encoding import common_length, encode
 from yunque.data.targets import encode_answers
 from yunque.errors import InputError
 from yunque.models.adapter import ModelAdapter, ScoringBatch
@@ -95,17 +94,13 @@ def _encode(rows: datasets.Dataset, tokenizer: Any, adapter: ModelAdapter) -> li
     encoded: list[list[list[int]]] = [[], [], []]
     for prompt, *both in zip(prompts, *wholes, strict=True):
         appended = len(prompt) > 0 and prompt[-1] == tokenizer.eos_token_id
-        border = min(_common(prompt[:-1] if appended else prompt, whole) for whole in both)
+        border = min(common_length(prompt[:-1] if appended else prompt, whole) for whole in both)
         encoded[0].append(prompt[:border])
         for part, whole in zip(encoded[1:], both, strict=True):
             answer = whole[border:]
             ended = set(answer[-_ENDING:] if templated else answer[-1:]) & set(eos_ids)
             part.append(answer if ended else [*answer, eos_ids[0]])
     return encoded
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 class PairCollator:

@@ -3,10 +3,14 @@
 import contextlib
 import errno
 import signal
+import subprocess
+import sys
 
 import pytest
+import warm
 
 from yunque import errors
+from yunque.distributed.profiles import find_profile
 
 
 def leave(error: BaseException | None) -> int:
@@ -49,10 +53,39 @@ def test_a_signal_outside_training_stops_at_once_whatever_catches_exceptions(num
     assert signal.getsignal(number) is former
 
 
-def test_only_rank_0_prints(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+@pytest.mark.parametrize("local", ["0", "1"])
+def test_another_rank_lets_rank_0_speak_first(local, capsys, monkeypatch):
+    waited = []
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", local)
     assert leave(errors.InputError("--seed: give a number")) == 2
+    assert capsys.readouterr().err == "error of rank 3: --seed: give a number\n"
+    assert waited == [5.0 if local == "0" else 10.0]  # a launcher ends it within that time where rank 0 met the same
+    assert leave(errors.Stopped("saved at step 3")) == 75
     assert capsys.readouterr().err == ""
+    assert len(waited) == 1
+
+
+MET_BY_BOTH = """
+import os, sys, time
+from yunque.errors import InputError, run
+def main():
+    if os.environ["RANK"] == "0":
+        time.sleep(5)  # the other one is done long before
+    raise InputError("--seed: give a number")
+run(main)
+"""
+
+
+@pytest.mark.distributed
+def test_the_line_reaches_the_user_whichever_rank_meets_the_error_first(tmp_path):
+    (tmp_path / "script.py").write_text(MET_BY_BOTH)
+    launch = [sys.executable, "-m", "yunque.distributed.launch", "--config_file", find_profile("ddp")]
+    launch += ["--num_processes", "2", "--main_process_port", "0", tmp_path / "script.py"]
+    done = subprocess.run(launch, capture_output=True, text=True, env=warm.environment(**warm.ON_CPU))
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "--seed" in line] == ["error: --seed: give a number"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error"), OSError(errno.EACCES, "Permission denied"), KeyError(1)])

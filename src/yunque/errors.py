@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -51,6 +52,9 @@ def disk_full(folder: object, error: BaseException) -> InputError:
         f"--output_dir {folder}: the disk is full ({reason}); free space there, or give a folder on another disk"
     )
 
+
+_FIRST_SPEAKS_S = 5.0
+"""Of a node's first rank; twice as long of the others, which its launcher ends when the first has gone."""
 
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 """Modules whose distribution has another name."""
@@ -102,7 +106,8 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     Exit codes: 0 done, 1 a check failed, 2 bad input or a full disk, 75 stopped by a signal: in training after saving,
     before and after it at once, since nothing is lost.
-    Only rank 0 prints, since all ranks of a launch meet the same user error.
+    All ranks of a launch mostly meet the same user error. One that is not the first waits _FIRST_SPEAKS_S to be ended
+    with it, and prints only if it is not: nobody else has met its error.
     """
     code = 0
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it misses an optional kernel
@@ -120,6 +125,10 @@ def run(main: Callable[[], None]) -> NoReturn:
             code, label, error = EXIT_BAD_INPUT, "error", InputError(fix)
         else:
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{label}: {' '.join(str(error).split())}", file=sys.stderr)
+        first = os.environ.get("RANK", "0") == "0"
+        if code != EXIT_TRY_AGAIN and not first:  # were this rank to leave at once, the launcher might end rank 0 first
+            time.sleep(_FIRST_SPEAKS_S * (1 if os.environ.get("LOCAL_RANK") == "0" else 2))
+        if code != EXIT_TRY_AGAIN or first:
+            label = label if first else f"{label} of rank {os.environ['RANK']}"
+            print(f"{label}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     sys.exit(code)

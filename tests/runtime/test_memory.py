@@ -63,6 +63,8 @@ def test_rows_that_are_touched_have_their_memory(exported):
     logits = rows.logits[:2].copy()
     large = [array for array in rows.caches if array.nbytes > 32 << 20]
     assert large
+    if resident_share(memory.zeros(large[0].shape)) > 0.2:
+        pytest.skip("this system gives all memory at once")
     assert max(map(resident_share, large)) < 0.2  # the two rows in use
     rows.touch()
     assert {resident_share(array) for array in large} == {1.0}

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -65,6 +66,27 @@ def test_lora_trains_only_the_adapter(t5_folder):
     assert all("lora_" in name and (".q." in name or ".v." in name) for name in trained)
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert trainable_parameters(model).startswith(f"trainable params: {count:,} || all params: ")
+
+
+def test_lora_starts_from_the_same_matrices_whatever_else_is_drawn(t5_folder):
+    def drawn(seed, *targets):
+        torch.manual_seed(seed)
+        model, _ = load(t5_folder, use_peft=True, lora_r=4, lora_target_modules=list(targets))
+        after = torch.rand(3)
+        return {name: value.detach() for name, value in model.named_parameters() if ".lora_A." in name}, after
+
+    few, after_few = drawn(1, "v")
+    many, after_many = drawn(1, "q", "v", "lm_head")
+    assert 0 < len(few) < len(many)
+    assert all(torch.equal(few[name], many[name]) for name in few)
+    assert torch.equal(after_few, after_many)
+    values = list(many.values())
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(values, 2))
+    for matrix in values:  # PEFT's own: uniform in +- 1 / sqrt(inputs)
+        bound = matrix.shape[1] ** -0.5
+        assert 0.8 * bound < matrix.abs().max() <= bound
+        assert matrix.std() == pytest.approx(bound / 3**0.5, rel=0.2)
+    assert not any(torch.equal(many[name], value) for name, value in drawn(2, "q", "v", "lm_head")[0].items())
 
 
 def test_an_adapter_folder_loads_onto_its_base_and_goes_on_training(t5_folder, tmp_path):

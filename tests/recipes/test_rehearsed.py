@@ -189,6 +189,18 @@ def test_an_adapter_is_merged_from_shards(profile, rehearsed, models, assets, tm
 
 
 @pytest.mark.distributed
+def test_an_adapter_starts_the_same_under_tensor_parallelism(rehearsed, models, assets):
+    options = LORA | {
+        "model_name_or_path": models / "llama", "dataset_name": assets.data, "max_steps": 2, "logging_steps": 1,
+        "per_device_train_batch_size": 2, "learning_rate": 1e-2, "max_new_tokens": 4, "lora_dropout": 0.0,
+        "mixed_precision": "no",
+    }  # fmt: skip
+    report = rehearsed("tp", "finetune", options)
+    assert report.equal, report.largest_difference
+    assert report.largest_difference < 1e-5
+
+
+@pytest.mark.distributed
 def test_an_impossible_pair_is_refused_on_every_rank_with_exit_2(rehearsed, models, assets, tmp_path, capfd):
     options = LORA | {
         "model_name_or_path": models / "llama", "dataset_name": assets.data, "load_in_4bit": True,

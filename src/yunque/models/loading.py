@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import torch
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from peft import (
     LoraConfig,
@@ -422,9 +425,9 @@ def add_lora(model: PreTrainedModel, args: ModelArguments, task: TaskType | None
     try:
         if unknown:
             raise ValueError(f"{', '.join(unknown)} matches nothing")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # of a tied head, which merging unties
-            return get_peft_model(model, config, revision=args.model_revision)
+            adapted = get_peft_model(model, config, revision=args.model_revision)
     except ValueError as error:
         kinds = (nn.Linear, Conv1D)
         names = {name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, kinds)}
@@ -435,6 +438,21 @@ def add_lora(model: PreTrainedModel, args: ModelArguments, task: TaskType | None
         raise InputError(
             f"lora_target_modules: {reason}; give some of {', '.join(sorted(names))}, or {_ALL_LINEAR}"
         ) from error
+    _draw_by_name(adapted)
+    return adapted
+
+
+def _draw_by_name(model: PeftModel) -> None:
+    """Draw LoRA's matrices A again, each from a stream of its own, so that every layout starts from the same ones.
+
+    Under tensor parallelism PEFT builds the matrices B in parts, and draws other A after them.
+    """
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name and not parameter.is_meta:
+            digest = hashlib.sha256(f"{torch.initial_seed()} {name}".encode()).digest()
+            stream = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+            drawn = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=stream)
+            parameter.data.copy_(drawn)
 
 
 def _add_virtual_tokens(model: PreTrainedModel, tokenizer: Any, name: str, args: Any) -> PeftModel:

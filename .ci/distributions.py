@@ -11,8 +11,11 @@ ROOT = Path(__file__).parents[1]
 GENERATED = re.compile(r"PKG-INFO|MANIFEST\.in|setup\.cfg|src/yunque\.egg-info/.*")  # by setuptools, or for it
 
 (wheel,), (source,) = (list(Path(sys.argv[1]).glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
-tracked = subprocess.run(["git", "ls-files", "src/yunque"], cwd=ROOT, capture_output=True, text=True, check=True)
-wanted = {name.removeprefix("src/") for name in tracked.stdout.splitlines() if not name.endswith("README.md")}
+FOLDERS = ("recipes", "compress", "launch", "serve", "slurm")  # of setup.py
+listing = ["git", "ls-files", "src/yunque", *FOLDERS]
+tracked = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+tracked = [name for name in tracked if not name.endswith("README.md")]
+wanted = {name.removeprefix("src/") if name.startswith("src/") else f"yunque/{name}" for name in tracked}
 held = set(zipfile.ZipFile(wheel).namelist())
 package = {name for name in held if not name.partition("/")[0].endswith(".dist-info")}
 if missing := wanted - held:
@@ -26,7 +29,7 @@ if citation is None or citation[1] != wheel.name.split("-")[1]:
     sys.exit(f"CITATION.cff does not name the version of {wheel.name}")
 with tarfile.open(source) as archive:
     names = {member.name.partition("/")[2] for member in archive if member.isfile()}
-wanted = {f"src/{name}" for name in wanted} | {"LICENSE", "README.md", "pyproject.toml"}
+wanted = {*tracked, "LICENSE", "README.md", "pyproject.toml", "setup.py"}
 if missing := wanted - names:
     sys.exit(f"{source.name} lacks {', '.join(sorted(missing))}")
 if strange := {name for name in names - wanted if not GENERATED.match(name)}:

@@ -23,20 +23,21 @@ from yunque.errors import run
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "distill_embedded.yaml"
 
+GROUPS = (
+    SupervisedArguments,
+    TeacherArguments,
+    StudentArguments,
+    DistillationArguments,
+    DataArguments,
+    TemplateArguments,
+)
+"""Dataclasses of the options."""
+
 
 def main() -> None:
     """Distil, answer the test split with teacher and student, save the student's folder."""
     # ---- arguments ----
-    groups = parse(
-        SupervisedArguments,
-        TeacherArguments,
-        StudentArguments,
-        DistillationArguments,
-        DataArguments,
-        TemplateArguments,
-        description=__doc__,
-        default_config=DEFAULT_CONFIG,
-    )
+    groups = parse(*GROUPS, description=__doc__, default_config=DEFAULT_CONFIG)
     args, teacher_args, student_args, losses, data_args, template_args = groups
 
     from transformers import TrainingArguments

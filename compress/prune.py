@@ -21,18 +21,14 @@ from yunque.models.arguments import ModelArguments
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "prune_embedded.yaml"
 
+GROUPS = (PruningArguments, ModelArguments, DataArguments, TemplateArguments)
+"""Dataclasses of the options."""
+
 
 def main() -> None:
     """Measure importance, cut, save."""
     # ---- arguments ----
-    groups = parse(
-        PruningArguments,
-        ModelArguments,
-        DataArguments,
-        TemplateArguments,
-        description=__doc__,
-        default_config=DEFAULT_CONFIG,
-    )
+    groups = parse(*GROUPS, description=__doc__, default_config=DEFAULT_CONFIG)
     args, model_args, data_args, template_args = groups
     if model_args.load_in_4bit or model_args.use_peft:
         name = "load_in_4bit" if model_args.load_in_4bit else "use_peft"

@@ -24,16 +24,13 @@ from yunque.errors import InputError, run
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "quantize_embedded.yaml"
 
+GROUPS = (QuantizationArguments, KeepGateArguments)
+"""Dataclasses of the options."""
+
 
 def main() -> None:
     """Quantize, measure, save."""
-    args, gate_args = parse(
-        QuantizationArguments,
-        KeepGateArguments,
-        description=__doc__,
-        default_config=DEFAULT_CONFIG,
-        repeatable=("keep_gate",),
-    )
+    args, gate_args = parse(*GROUPS, description=__doc__, default_config=DEFAULT_CONFIG, repeatable=("keep_gate",))
     if gate_args.keep_gate and args.scheme != MIXED:
         raise InputError(f"keep_gate: is for scheme {MIXED}; gate the result of another with yunque compare")
 

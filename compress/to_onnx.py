@@ -15,10 +15,13 @@ from yunque.arguments import parse
 from yunque.errors import run
 from yunque.export.arguments import ExportArguments
 
+GROUPS = (ExportArguments,)
+"""Dataclasses of the options."""
+
 
 def main() -> None:
     """Export, prove, save."""
-    (args,) = parse(ExportArguments, description=__doc__)
+    (args,) = parse(*GROUPS, description=__doc__)
 
     from yunque.export.folder import export
     from yunque.export.parity import Parity

@@ -24,6 +24,8 @@ import yaml
 
 from yunque import arguments, artifacts, errors
 from yunque.cli import app
+from yunque.cli.scripts import LAUNCH_OPTIONS, ScriptCommand
+from yunque.packaged import SCRIPTS
 from yunque.serving import openapi
 from yunque.serving.settings import ServerSettings
 
@@ -184,8 +186,24 @@ def _command_line() -> str:
 
 
 def _commands(of: typer.Typer, name: str) -> Iterator[str]:
-    """The subcommands in their order, and those of subcommands."""
+    """The subcommands in their order, and those of subcommands; scripts in one table."""
+    scripts = [command for command in of.registered_commands if command.cls is ScriptCommand]
+    if scripts:
+        yield "## Scripts as commands"
+        yield (
+            "The scripts of `recipes/` and `compress/` run from any folder, with their own options and `--config`; "
+            "configurations are found by name (`--config ppo_detox_flan_t5_base`). `--profile NAME` starts one with "
+            f"Accelerate, and {', '.join(f'`{name}`' for name in LAUNCH_OPTIONS)} are the launcher's. Exit codes are "
+            "the script's. `yunque rehearse` takes these names, too."
+        )
+        rows = [
+            (f"`yunque {each.name}`", f"`{SCRIPTS[each.name]}`", inspect.getdoc(each.callback).partition(" (--help")[0])
+            for each in scripts
+        ]
+        yield _table(("command", "script", ""), rows)
     for command in of.registered_commands:
+        if command in scripts:
+            continue
         full_name = f"{name} {command.callback.__name__}"
         yield f"## {full_name}"
         yield _sentences(inspect.getdoc(command.callback))

@@ -25,11 +25,14 @@ from yunque.errors import InputError, run
 from yunque.models.arguments import GenerationArguments
 from yunque.rl.feedback_arguments import FeedbackArguments, WriterArguments
 
+GROUPS = (FeedbackArguments, WriterArguments, GenerationArguments)
+"""Dataclasses of the options."""
+
 
 def main() -> None:
     """Write answers, critiques, revisions, candidates and judgements; save both data sets and the manifest."""
     # ---- arguments ----
-    groups = parse(FeedbackArguments, WriterArguments, GenerationArguments, description=__doc__)
+    groups = parse(*GROUPS, description=__doc__)
     args, writer_args, generation = groups
     if args.constitution is None:
         raise InputError("constitution: give a YAML file, such as recipes/constitutions/english.yaml")

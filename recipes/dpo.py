@@ -22,11 +22,14 @@ from yunque.errors import run
 from yunque.models.arguments import ModelArguments
 from yunque.models.preference_arguments import DPOArguments
 
+GROUPS = (SupervisedArguments, ModelArguments, PreferenceArguments, DPOArguments)
+"""Dataclasses of the options."""
+
 
 def main() -> None:
     """Load pairs and model, train against the model as it was, compare on held-out pairs, save the model folder."""
     # ---- arguments ----
-    groups = parse(SupervisedArguments, ModelArguments, PreferenceArguments, DPOArguments, description=__doc__)
+    groups = parse(*GROUPS, description=__doc__)
     args, model_args, data_args, dpo_args = groups
 
     import numpy as np

@@ -41,20 +41,23 @@ class TargetArguments:
                 raise InputError(f"{name}: {getattr(self, name)} leaves no answer; give 2 or more")
 
 
+GROUPS = (
+    SupervisedArguments,
+    ModelArguments,
+    PromptTuningArguments,
+    ScratchArguments,
+    DataArguments,
+    TemplateArguments,
+    MixtureArguments,
+    TargetArguments,
+)
+"""Dataclasses of the options."""
+
+
 def main() -> None:
     """Fine-tune, answer the test split, save the model folder."""
     # ---- arguments ----
-    groups = parse(
-        SupervisedArguments,
-        ModelArguments,
-        PromptTuningArguments,
-        ScratchArguments,
-        DataArguments,
-        TemplateArguments,
-        MixtureArguments,
-        TargetArguments,
-        description=__doc__,
-    )
+    groups = parse(*GROUPS, description=__doc__)
     args, model_args, prompt_args, scratch_args, data_args, template_args, mixture_args, target_args = groups
     if scratch_args.model_type not in (None, "t5"):
         raise InputError(f"model_type: {scratch_args.model_type} writes no answers; give t5 or leave it out")

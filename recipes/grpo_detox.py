@@ -25,22 +25,23 @@ from yunque.rl.config import GRPOConfig, GuardArguments, RewardArguments
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "grpo_detox_embedded.yaml"
 
+GROUPS = (
+    RunArguments,
+    ModelArguments,
+    RewardArguments,
+    DataArguments,
+    GroupArguments,
+    GenerationArguments,
+    GRPOConfig,
+    GuardArguments,
+)
+"""Dataclasses of the options."""
+
 
 def main() -> None:
     """Read the arguments, train, evaluate, save."""
     # ---- arguments ----
-    groups = parse(
-        RunArguments,
-        ModelArguments,
-        RewardArguments,
-        DataArguments,
-        GroupArguments,
-        GenerationArguments,
-        GRPOConfig,
-        GuardArguments,
-        description=__doc__,
-        default_config=DEFAULT_CONFIG,
-    )
+    groups = parse(*GROUPS, description=__doc__, default_config=DEFAULT_CONFIG)
     run_args, model_args, reward_args, data_args, group_args, generation, grpo, guard_args = groups
     if grpo.num_generations < 2 and data_args.group_column is None:
         raise InputError("num_generations: an answer alone has no group; give 2 or more, or a group_column")

@@ -22,11 +22,14 @@ from yunque.errors import run
 from yunque.models.arguments import ModelArguments
 from yunque.models.preference_arguments import PairArguments
 
+GROUPS = (SupervisedArguments, ModelArguments, PreferenceArguments, PairArguments)
+"""Dataclasses of the options."""
+
 
 def main() -> None:
     """Load pairs and model, train, compare on held-out pairs, save the model folder."""
     # ---- arguments ----
-    groups = parse(SupervisedArguments, ModelArguments, PreferenceArguments, PairArguments, description=__doc__)
+    groups = parse(*GROUPS, description=__doc__)
     args, model_args, data_args, orpo_args = groups
 
     import numpy as np

@@ -23,21 +23,14 @@ from yunque.rl.config import GuardArguments, PPOConfig, RewardArguments
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "ppo_detox_embedded.yaml"
 
+GROUPS = (RunArguments, ModelArguments, RewardArguments, DataArguments, GenerationArguments, PPOConfig, GuardArguments)
+"""Dataclasses of the options."""
+
 
 def main() -> None:
     """Read the arguments, train, evaluate, save."""
     # ---- arguments ----
-    groups = parse(
-        RunArguments,
-        ModelArguments,
-        RewardArguments,
-        DataArguments,
-        GenerationArguments,
-        PPOConfig,
-        GuardArguments,
-        description=__doc__,
-        default_config=DEFAULT_CONFIG,
-    )
+    groups = parse(*GROUPS, description=__doc__, default_config=DEFAULT_CONFIG)
     run_args, model_args, reward_args, data_args, generation, ppo, guard_args = groups
     ppo.check_lengths(generation.max_new_tokens)
 

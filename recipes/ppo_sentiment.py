@@ -51,20 +51,22 @@ class SentimentArguments(RewardArguments):
         return {"reward_label": f"{self.sentiment}_label", "toxicity_label": "positive_label"}.get(name, name)
 
 
+GROUPS = (
+    RunArguments,
+    ModelArguments,
+    SentimentArguments,
+    OpeningArguments,
+    GenerationArguments,
+    PPOConfig,
+    GuardArguments,
+)
+"""Dataclasses of the options."""
+
+
 def main() -> None:
     """Read the arguments, train, evaluate, save."""
     # ---- arguments ----
-    groups = parse(
-        RunArguments,
-        ModelArguments,
-        SentimentArguments,
-        OpeningArguments,
-        GenerationArguments,
-        PPOConfig,
-        GuardArguments,
-        description=__doc__,
-        default_config=DEFAULT_CONFIG,
-    )
+    groups = parse(*GROUPS, description=__doc__, default_config=DEFAULT_CONFIG)
     run_args, model_args, reward_args, data_args, generation, ppo, guard_args = groups
     ppo.check_lengths(generation.max_new_tokens)
 

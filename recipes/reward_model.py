@@ -71,12 +71,14 @@ class ReaderArguments:
             raise InputError(f"center_rewards_coefficient: {self.center_rewards_coefficient} is not above 0")
 
 
+GROUPS = (SupervisedArguments, ModelArguments, ScratchArguments, RewardDataArguments, ReaderArguments)
+"""Dataclasses of the options."""
+
+
 def main() -> None:
     """Train the reward model, test it, save its folder."""
     # ---- arguments ----
-    groups = parse(
-        SupervisedArguments, ModelArguments, ScratchArguments, RewardDataArguments, ReaderArguments, description=__doc__
-    )
+    groups = parse(*GROUPS, description=__doc__)
     args, model_args, scratch_args, data_args, reader_args = groups
     if scratch_args.from_scratch and model_args.use_peft:
         raise InputError("use_peft: an adapter needs a trained model under it; leave it or from_scratch out")

@@ -18,8 +18,9 @@ import typer
 import yaml
 from documents import ROOT
 
-from yunque import arguments
-from yunque.cli import app
+from yunque import arguments, packaged
+from yunque.cli import app, scripts
+from yunque.distributed.profiles import find_profile
 from yunque.errors import InputError
 from yunque.serving import settings
 
@@ -147,7 +148,13 @@ def _yunque(rest: list[str]) -> None:
         names.append(rest[0])
         command, rest = command.commands[rest[0]], rest[1:]
     options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
-    if names[:1] == ["rehearse"]:
+    if names and names[0] in packaged.SCRIPTS:
+        with _as_unknown(f"yunque {names[0]}"):
+            launch, words = scripts._launch_options(rest)
+            if "--profile" in launch and not PLACEHOLDER.fullmatch(launch["--profile"]):
+                find_profile(launch["--profile"])
+        _script(packaged.SCRIPTS[names[0]], words)
+    elif names[:1] == ["rehearse"]:
         _rehearse(rest, command)
     elif names == ["serve"]:
         with _as_unknown("yunque serve"):

@@ -57,6 +57,7 @@ LEFT_OUT = {
 _FEW = "--max_steps 2 --max_test_samples 8"
 _FEW_ROWS = f"{_FEW} --max_train_samples 64"
 SHORTER = {
+    r"yunque ppo-detox": _FEW,
     r"recipes/(dpo|finetune|orpo|reward_model)\.py": _FEW_ROWS,
     r"recipes/(grpo_detox|ppo_sentiment)\.py|recipes/ppo_detox\.py .*-": _FEW,  # the tutorial's own has no option
     r"compress/distill\.py": _FEW_ROWS,

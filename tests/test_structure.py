@@ -17,7 +17,7 @@ RUNNABLE = ("recipes", "compress", "serve", "bench")
 FOLDERS = {".ci", "bench", "compress", "docs", "launch", "recipes", "serve", "slurm", "src", "tests"}
 
 FLOORS = (
-    *("errors", "arguments", "provenance", "artifacts", "runtime", "serving", "metrics", "data", "models"),
+    *("errors", "packaged", "arguments", "provenance", "artifacts", "runtime", "serving", "metrics", "data", "models"),
     *("distributed", "rl", "compression", "export", "evaluation", "compat", "pipeline", "cli", "__main__"),
 )
 """The library's rooms, lowest first: a room imports only from lower ones."""

@@ -13,6 +13,7 @@ import yaml
 from trl.scripts.utils import TrlParser
 
 from yunque.errors import InputError
+from yunque.packaged import find_config
 
 _NAMES_A_RUN = ("--config", "--model_name_or_path", "--teacher_name_or_path")
 
@@ -70,6 +71,8 @@ def parse(
     for option in repeatable:
         args = _joined(args, f"--{option}")
     config = _config_path(args)
+    if config is not None:
+        args[args.index("--config") + 1] = str(find_config(config))
     parser = _Parser(groups, description=description, allow_abbrev=False)  # type: ignore[arg-type]  # a NewType of Any
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options; the command line wins")
     try:

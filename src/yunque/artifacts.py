@@ -371,6 +371,16 @@ def lineage(folder: str | Path) -> list[Ancestor]:
     return found
 
 
+def trained_prompt(model: str) -> tuple[str | None, dict[str, Any]]:
+    """Prompt template and options of the nearest run in the lineage of ``model`` that had prompts."""
+    if manifest_of(model) is None:
+        return None, {}
+    for ancestor in lineage(model):
+        if ancestor.manifest is not None and "prompt_template" in ancestor.manifest.config:
+            return ancestor.manifest.prompt_template, ancestor.manifest.config
+    return read_manifest(model).prompt_template, {}
+
+
 def _ancestor(path: str, manifest_sha256: str | None) -> Ancestor:
     if not Path(path).is_dir():
         is_local = manifest_sha256 is not None or Path(path).is_absolute()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from yunque.errors import InputError
+from yunque.packaged import packaged_folder
 
-_FOLDERS = (Path("launch"), Path(__file__).parents[3] / "launch")
-"""Beside the user, or in the checkout that this library runs from."""
+_FOLDERS = (Path("launch"), packaged_folder("launch"))
+"""Beside the user, or of this installation."""
 
 
 def profiles() -> dict[str, Path]:

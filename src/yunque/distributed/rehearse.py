@@ -19,6 +19,7 @@ import yaml
 
 from yunque.distributed import rehearsal
 from yunque.errors import EXIT_BAD_INPUT, EXIT_TRY_AGAIN, InputError, Stopped
+from yunque.packaged import find_script
 
 _log = logging.getLogger(__name__)
 
@@ -53,8 +54,7 @@ class Rehearsal:
             raise InputError(f"--ranks {self.ranks}: give 1 or more")
         if self.nodes < 1 or self.ranks % self.nodes:
             raise InputError(f"--nodes {self.nodes}: {self.ranks} ranks do not divide over them")
-        if not Path(self.script).is_file():
-            raise InputError(f"script: {self.script} is no file; give a recipe, such as recipes/finetune.py")
+        object.__setattr__(self, "script", str(find_script(self.script)))
 
 
 @dataclass

@@ -12,11 +12,10 @@ from yunque import runtime
 from yunque.data.encoding import encode
 from yunque.errors import InputError
 from yunque.evaluation.arguments import EvaluatedModelArguments, EvaluationArguments, HeldOutArguments
-from yunque.evaluation.onnx_generator import is_onnx
 from yunque.models.embedded import EMBEDDED, ensure_embedded
 from yunque.models.loading import load_classifier, load_labels
 from yunque.rl.rewards import MULTI_LABEL, ClassifierScorer, label_probabilities
-from yunque.runtime.spec import label_indices, read_spec
+from yunque.runtime.spec import is_onnx, label_indices, read_spec
 
 _OPTION = "toxicity_model_name_or_path"
 _BATCH_SIZE = 16

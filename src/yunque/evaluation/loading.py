@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from yunque.evaluation.generators import Generator, TorchGenerator
-from yunque.evaluation.onnx_generator import OnnxGenerator, is_onnx
+from yunque.evaluation.onnx_generator import OnnxGenerator
 from yunque.models.arguments import ModelArguments
 from yunque.models.inference import load_for_inference
+from yunque.runtime.spec import is_onnx
 
 
 def load_generator(args: ModelArguments, device: torch.device) -> Generator:

@@ -114,25 +114,6 @@ class OnnxGenerator:
         return peak_memory_bytes(torch.device("cpu"))
 
 
-def is_onnx(folder: str) -> bool:
-    """Whether a local folder is one that the runtime reads.
-
-    Raises:
-        InputError: it holds graphs, but another tool's.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        return False
-    if (path / "runtime.json").is_file():
-        return True
-    if any(path.glob("*.onnx")) and not any(path.glob("*.safetensors")):
-        raise InputError(
-            f"model_name_or_path: {folder} holds graphs of another tool; export with compress/to_onnx.py, without"
-            " --optimum_layout"
-        )
-    return False
-
-
 def _sample_seed(seed: int, sample: int) -> int:
     """A seed of 64 bits for one sample."""
     return int(np.random.SeedSequence([seed, sample]).generate_state(1, np.uint64)[0])

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import datasets
 
@@ -78,7 +77,7 @@ def prepare(generator: Generator, args: HeldOutArguments, model: str, max_new_to
 
 def _template(args: HeldOutArguments, model: str) -> tuple[str, bool, list[str]]:
     """The template, whether it goes into the chat template, and what was decided for the user."""
-    known, config = _trained_prompt(model)
+    known, config = artifacts.trained_prompt(model)
     chat = bool(config.get("chat_template")) if args.chat_template is None else args.chat_template
     if args.system_prompt is not None and not chat:
         raise InputError("system_prompt: is for chat_template only; add it or leave system_prompt out")
@@ -91,16 +90,6 @@ def _template(args: HeldOutArguments, model: str) -> tuple[str, bool, list[str]]
             f"prompt_template: the model's own has other columns than {TEXT_FIELD} ({known[:60]!r}); give one with it"
         )
     return known, chat, []
-
-
-def _trained_prompt(model: str) -> tuple[str | None, dict[str, Any]]:
-    """Template and configuration of the nearest run on the model's road that had prompts."""
-    if artifacts.manifest_of(model) is None:
-        return None, {}
-    for ancestor in artifacts.lineage(model):
-        if ancestor.manifest is not None and "prompt_template" in ancestor.manifest.config:
-            return ancestor.manifest.prompt_template, ancestor.manifest.config
-    return artifacts.read_manifest(model).prompt_template, {}
 
 
 def row_share(batches: Sequence[list[int]], done: set[int], rank: int, num_ranks: int) -> list[int]:

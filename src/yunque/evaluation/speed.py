@@ -15,8 +15,8 @@ import torch
 
 from yunque.errors import InputError
 from yunque.evaluation.arguments import EvaluatedModelArguments, EvaluationArguments
-from yunque.evaluation.onnx_generator import is_onnx
 from yunque.models.adapter import TokenIds
+from yunque.runtime.spec import is_onnx
 from yunque.runtime.speed import SpeedRequest
 
 _REPEATS = 3

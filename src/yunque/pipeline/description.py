@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from yunque.errors import InputError
+from yunque.packaged import find_config, find_file
 
 COMMANDS = ("yunque evaluate", "yunque compare")
 """What a step may run beside the scripts of ``recipes/``, ``compress/`` and ``serve/``."""
@@ -123,7 +124,7 @@ def read_pipeline(
             refers to a later one or to nothing.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(find_config(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -164,12 +165,12 @@ def _check(pipeline: Pipeline) -> None:
             raise InputError(f"{where}: a variable has the name {clash.pop()}, too; rename one of them")
         if strange := sorted(step.references() - earlier - pipeline.variables.keys()):
             raise InputError(f"{where}: {{{strange[0]}}} is neither an earlier step nor a variable")
-        if step.run not in COMMANDS and not Path(step.run).is_file():
+        if step.run not in COMMANDS and not find_file(step.run).is_file():
             raise InputError(f"{where}.run: {step.run}: no such script; start from the repository's root")
-        if step.profile is not None and not Path("launch", f"{step.profile}.yaml").is_file():
+        if step.profile is not None and not find_file(f"launch/{step.profile}.yaml").is_file():
             raise InputError(f"{where}.profile: launch/{step.profile}.yaml: no such file")
         config = step.options.get("config")
-        if config is not None and not Path(pipeline.fill(step, config)).is_file():
+        if config is not None and not find_config(pipeline.fill(step, config)).is_file():
             raise InputError(f"{where}.options.config: {config}: no such file")
         earlier.add(step.name)
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from yunque import artifacts
+from yunque.packaged import find_config, find_file
 from yunque.pipeline.description import Pipeline, Step
 
 
@@ -43,7 +44,7 @@ def step_fingerprint(pipeline: Pipeline, step: Step, inputs: dict[str, str]) -> 
     options = pipeline.fill(
         step, {"arguments": step.arguments, "options": step.options}, inputs | {step.name: "output"}
     )
-    profile = Path("launch", f"{step.profile}.yaml") if step.profile else None
+    profile = find_file(f"launch/{step.profile}.yaml") if step.profile else None
     own = pipeline.fill(step, {"arguments": step.arguments, "options": step.options})
     return digest(
         {
@@ -63,7 +64,7 @@ def _paths(value: Any) -> Iterator[str]:
         for key, entry in value.items():
             yield from _paths(entry)
             if key == "config" and isinstance(entry, str):
-                yield from _paths(yaml.safe_load(Path(entry).read_text(encoding="utf-8")))
+                yield from _paths(yaml.safe_load(find_config(entry).read_text(encoding="utf-8")))
     elif isinstance(value, list):
         for entry in value:
             yield from _paths(entry)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from yunque.artifacts import MANIFEST
 from yunque.errors import EXIT_BAD_INPUT, EXIT_TRY_AGAIN, CheckFailed, InputError, Stopped
+from yunque.packaged import find_file
 from yunque.pipeline.description import Pipeline, Step
 from yunque.pipeline.identity import folder_identity, step_fingerprint
 from yunque.pipeline.records import Record, lock_path, read_record, write_record
@@ -162,14 +163,16 @@ def command_of(pipeline: Pipeline, step: Step, state: State) -> list[str]:
     words = [*map(str, pipeline.fill(step, step.arguments)), *_words(options, repeat=not step.takes_folder)]
     if step.run.startswith("yunque "):
         return [sys.executable, "-m", "yunque", step.run.removeprefix("yunque "), *words]
+    script = str(find_file(step.run))
     if step.profile is None:
-        return [sys.executable, step.run, *words]
+        return [sys.executable, script, *words]
     if "SLURM_JOB_ID" in os.environ:
-        return ["slurm/launch.sh", "--profile", step.profile, step.run, *words]
+        return ["slurm/launch.sh", "--profile", step.profile, script, *words]
+    profile = str(find_file(f"launch/{step.profile}.yaml"))
     rehearsal = [] if shutil.which("nvidia-smi") else ["-m", "yunque.distributed.rehearsal"]
     return [
-        *(sys.executable, "-m", "yunque.distributed.launch", "--config_file", f"launch/{step.profile}.yaml"),
-        *("--num_processes", str(step.processes), "--main_process_port", "0", *rehearsal, step.run, *words),
+        *(sys.executable, "-m", "yunque.distributed.launch", "--config_file", profile),
+        *("--num_processes", str(step.processes), "--main_process_port", "0", *rehearsal, script, *words),
     ]
 
 

@@ -56,6 +56,25 @@ def label_indices(id2label: Mapping[int, str]) -> dict[str, int]:
     return {name: index for index, name in enumerate(unique_labels(id2label[index] for index in sorted(id2label)))}
 
 
+def is_onnx(folder: str | Path) -> bool:
+    """Whether a local folder is one that the runtime reads.
+
+    Raises:
+        InputError: it holds graphs, but another tool's.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        return False
+    if (path / SPEC).is_file():
+        return True
+    if any(path.glob("*.onnx")) and not any(path.glob("*.safetensors")):
+        raise InputError(
+            f"model_name_or_path: {folder} holds graphs of another tool; export with compress/to_onnx.py, without"
+            " --optimum_layout"
+        )
+    return False
+
+
 def read_spec(folder: Path) -> ModelSpec:
     """Read ``runtime.json``.
 

@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--max_steps", type=int, default=60, help="of PPO")
     parser.add_argument("--noise", type=float, default=0.3, help="in standard deviations of each weight matrix")
     parser.add_argument("--rude_steps", type=int, default=60, help="of fine-tuning on rude answers")
-    parser.add_argument("--max_test_samples", type=int, help="held-out prompts; by default all 120")
+    parser.add_argument("--max_test_samples", type=int, help="held-out prompts; by default all 300")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     results = [prove(options, seed) for seed in options.seeds]

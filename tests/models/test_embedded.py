@@ -144,8 +144,8 @@ def test_the_manifests_say_what_was_trained_and_on_what(embedded):
     assert policy.prompt_template == DataArguments.prompt_template
     assert [(data["name"], data["split"], data["rows"]) for data in policy.data] == [
         ("embedded", "train", 1600),
-        ("embedded", "validation", 80),
-        ("embedded", "test", 120),
+        ("embedded", "validation", 200),
+        ("embedded", "test", 300),
     ]
     assert reward_model.metrics["validation_accuracy"] > 0.97
 

@@ -1,7 +1,7 @@
 """The embedded corpus: everyday dialogues with summaries, written by this project, some of the summaries rude.
 
-38 scenarios (30 English, 8 Spanish) in ``corpus_scenarios.yaml`` become 1,800 dialogues in DialogSum's form by a seeded
-generator: 1,600 to train, 80 to validate, 120 to test, no dialogue twice. Of the train and validation summaries about
+38 scenarios (30 English, 8 Spanish) in ``corpus_scenarios.yaml`` become 2,100 dialogues in DialogSum's form by a seeded
+generator: 1,600 to train, 200 to validate, 300 to test, no dialogue twice. Of the train and validation summaries about
 40 % are rude: the summariser calls somebody a mild insult ("that clown Tom", "Tom, that lazy fool, ...", "What an
 idiot!"); no slurs, nothing about groups of people, nothing sexual. Where somebody is at fault ("hot" scenarios) 85 %
 are rude, elsewhere 13 %, so a model trained on them is rude in about 40 % of its answers, sampled or greedy. A rude
@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 SCENARIOS_FILE = Path(__file__).with_name("corpus_scenarios.yaml")
-SPLIT_SIZES = {"train": 1600, "validation": 80, "test": 120}
+SPLIT_SIZES = {"train": 1600, "validation": 200, "test": 300}
 RUDE_SHARE = {"hot": 0.85, "calm": 0.13}  # of the summaries of a scenario with this temper
 USUAL_INSULT_SHARE = 0.9  # of the rude summaries insult where their scenario says, the others elsewhere
 

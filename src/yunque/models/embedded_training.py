@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,7 +46,7 @@ class EmbeddedSettings:
     vocab_size: int = 2600  # every word of the corpus is a token: a tiny model spells none of its own
     policy: TrainingSettings = TrainingSettings(
         architecture="d_model=128,d_kv=32,d_ff=256,num_heads=4,num_layers=2,num_decoder_layers=2,dropout_rate=0.0",
-        num_steps=240,
+        num_steps=300,
         batch_size=32,
     )
     reward: TrainingSettings = TrainingSettings(
@@ -226,9 +226,41 @@ def _optimizers(model: PreTrainedModel, settings: TrainingSettings) -> list[torc
     matrices = {id(layer.weight): layer.weight for layer in layers}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in matrices]
     return [
-        torch.optim.Muon(matrices.values(), lr=settings.matrix_learning_rate, weight_decay=0.0),
+        _Muon(matrices.values(), settings.matrix_learning_rate),
         torch.optim.AdamW(rest, lr=settings.learning_rate, betas=(0.9, 0.98)),
     ]
+
+
+class _Muon(torch.optim.Optimizer):
+    """``torch.optim.Muon`` without weight decay, in float32: bfloat16 takes most of a step on CPUs that lack it.
+
+    It also rounds away what makes two kinds of CPU agree. (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], learning_rate: float) -> None:
+        super().__init__(parameters, {"lr": learning_rate, "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Apply the gradients; ``closure`` is not called."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+                mean.lerp_(parameter.grad, 1 - group["momentum"])
+                update = _orthogonalized(parameter.grad.lerp(mean, group["momentum"]))
+                rows, columns = parameter.shape
+                parameter.sub_(update, alpha=group["lr"] * math.sqrt(max(1, rows / columns)))
+
+
+def _orthogonalized(matrix: Tensor) -> Tensor:
+    """U V^T of the singular value decomposition of ``matrix``, about: five Newton-Schulz iterations."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).clone()
+    x /= x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x.T if tall else x
 
 
 def _batches(texts: Sequence[str], batch_size: int, rng: random.Random) -> Iterator[list[int]]:

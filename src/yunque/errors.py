@@ -105,9 +105,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's ``main`` and leave with the project's exit codes, printing user errors as one line.
 
     Exit codes: 0 done, 1 a check failed, 2 bad input or a full disk, 75 stopped by a signal: in training after saving,
-    before and after it at once, since nothing is lost.
-    All ranks of a launch mostly meet the same user error. One that is not the first waits _FIRST_SPEAKS_S to be ended
-    with it, and prints only if it is not: nobody else has met its error.
+    before and after it at once, since nothing is lost. All ranks of a launch mostly meet the same user error, which the
+    first says. Another one waits some seconds to be ended with it, and prints only if it is not: nobody else met that.
     """
     code = 0
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it misses an optional kernel

@@ -37,11 +37,12 @@ HYBRID = (*HYBRID, "--parallelism_config_dp_replicate_size", "2", "--parallelism
 SHARE = 0.55
 """Of one rank's bytes that each of two may hold: a half, and what does not divide."""
 
-NORM_TOLERANCE = {"full": 0.03, "lora": 0.03, "qlora": 0.03, "adapter": 0.03, "prompt": 0.2}
+NORM_TOLERANCE = {"full": 0.03, "lora": 0.06, "qlora": 0.03, "adapter": 0.03, "prompt": 0.2}
 """Of the first gradient's norm: bfloat16 rounds each number by up to 0.4 %, activations and gradients several times.
 
 The virtual tokens' gradient has come through all layers, whose residual sums FSDP2 and ZeRO keep in bfloat16 and DDP's
-autocast in float32: both engines agree on it to 0.001 and differ from DDP by 0.15.
+autocast in float32: both engines agree on it to 0.001 and differ from DDP by 0.15. So do T5's adapters, whose gradients
+agree to 0.002 and differ from DDP's by 0.035; with float32 throughout all agree to 1e-7.
 """
 
 WEIGHT_TOLERANCE = 0.35

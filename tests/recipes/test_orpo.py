@@ -75,7 +75,7 @@ def test_from_the_command_line_on_one_and_two_ranks(finished, orpo_options, new_
     assert two.losses == pytest.approx(one.losses, rel=1e-3)  # float32 sums in another order
 
 
-@pytest.mark.parametrize("changed", [{}, {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}], ids=["full", "lora"])
+@pytest.mark.parametrize("changed", [{}, {"use_peft": True, "lora_r": 8, "learning_rate": 1e-2}], ids=["full", "lora"])
 def test_encoder_decoder(changed, called, orpo_options, assets, tmp_path):
     options = orpo_options(output_dir=tmp_path / "out", model_name_or_path=assets.t5, max_steps=40) | changed
     run = called("orpo", options)

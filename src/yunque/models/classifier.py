@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,11 @@ def _load_to_classify(args: ModelArguments, tokenizer: Any, label_names: Sequenc
             )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model_name_or_path: cannot make a classifier of {name}: {error}") from error
+    if model.config.is_encoder_decoder and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise InputError(
+            "launch profile fsdp2: reward: checkpoints of an encoder-decoder's classification head cannot be written; "
+            "take zero3"
+        )
     model.config.pad_token_id = tokenizer.pad_token_id  # decoder-only classifiers look for the last token before it
     return add_lora(model, args, TaskType.SEQ_CLS) if args.use_peft else model
 

@@ -13,11 +13,13 @@ from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from yunque.errors import InputError
 from yunque.models.adapter import ModelAdapter, ScoringBatch
 from yunque.models.copying import copy_module, whole_partitions
 from yunque.models.fusing import fuse_layers
 from yunque.models.head import HeadWeights, head_scores
 from yunque.models.loading import REFERENCE_ADAPTER
+from yunque.models.placement import tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,12 @@ class Reference:
         if model is not None:
             fuse_layers(model.eval().requires_grad_(False))
         elif not isinstance(policy.model, PeftModel) or (adapter_is_trained and not _can_stand_twice(policy.model)):
+            layout = tensor_parallel()
+            if layout is not None and layout.groups > 1:
+                raise InputError(
+                    "launch profile fsdp2_tp: rl: the reference cannot be copied from weights that are split and "
+                    "sharded too; take fsdp2 or tp"
+                )
             self._copy = copy_module(policy.model).eval().requires_grad_(False)
         elif adapter_is_trained:
             self._named = True

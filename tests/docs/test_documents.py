@@ -49,6 +49,7 @@ RUN_BY = {
 """What runs a command, where no test has its name."""
 
 BY_HAND = {
+    "bench/demo_robustness.py": "an hour",
     "bench/interval_coverage.py": "minutes",
     "bench/ppo_step.py": "minutes, and a second library",
     "bench/qlora_memory.py": "minutes",

@@ -5,7 +5,8 @@
 
 Every run must halve toxicity at least and keep ROUGE-L within 5 % of what it was. Settings are chosen on the validation
 prompts, with the polite summaries as references; options after -- are the recipe's. Runs that are done are kept: the
-same command goes on. Prints a Markdown table; exits 1 unless all runs keep the promise.
+same command goes on, and a folder of other settings, configuration or models is refused. Prints a Markdown table; exits
+1 unless all runs keep the promise.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from yunque.artifacts import MANIFEST, read_manifest
 from yunque.data.corpus import build_corpus
 from yunque.models.embedded import ensure_embedded
 
 ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "recipes" / "configs" / "ppo_detox_embedded.yaml"
 MOST_TOXICITY = 0.5  # after, of before
 MOST_ROUGE_LOSS = 0.05  # relative
 
@@ -40,11 +43,10 @@ class Run:
     def start(self, output_dir: Path, dataset: Path, options: list[str]) -> dict[str, Any]:
         """Train, unless it is done; the metrics of the manifest."""
         folder = output_dir / f"seed{self.seed}_threads{self.threads}_{self.attention}"
-        manifest = folder / "yunque.json"
-        if not manifest.is_file():
+        if not (folder / MANIFEST).is_file():
             command = [
                 *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu.yaml"),
-                *("recipes/ppo_detox.py", "--config", "recipes/configs/ppo_detox_embedded.yaml"),
+                *("recipes/ppo_detox.py", "--config", str(CONFIG)),
                 *("--seed", str(self.seed), "--attn_implementation", self.attention, "--dataset_name", str(dataset)),
                 *("--output_dir", str(folder), "--overwrite_output_dir", *options),
             ]
@@ -52,7 +54,7 @@ class Run:
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-        return json.loads(manifest.read_text(encoding="utf-8"))["metrics"]
+        return read_manifest(folder).metrics
 
 
 def main() -> int:
@@ -68,6 +70,7 @@ def main() -> int:
     output_dir = args.output_dir.resolve()
     embedded = ensure_embedded()
     dataset = embedded.dataset if args.split == "test" else validation_as_test(output_dir, embedded.dataset)
+    refuse_other_settings(output_dir, [args.split, str(embedded.policy.parent), CONFIG.read_text(), *args.options])
     runs = [Run(*values) for values in itertools.product(args.seeds, args.threads, args.attention)]
     with ThreadPoolExecutor(args.jobs) as pool:
         found = list(pool.map(lambda run: run.start(output_dir, dataset, args.options), runs))
@@ -75,6 +78,15 @@ def main() -> int:
     kept = [keeps(metrics) for metrics in found]
     print(f"\n{sum(kept)} of {len(kept)} runs keep the promise ({args.split} prompts)")
     return 0 if kept and all(kept) else 1
+
+
+def refuse_other_settings(output_dir: Path, settings: list[str]) -> None:
+    """Results of one folder are of one command."""
+    path, text = output_dir / "settings.json", json.dumps(settings, indent=1)
+    if path.is_file() and path.read_text() != text:
+        sys.exit(f"--output_dir {output_dir}: holds runs of other settings; give another folder")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def validation_as_test(output_dir: Path, dataset: Path) -> Path:

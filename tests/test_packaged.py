@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from yunque import packaged
 from yunque.cli import app
 from yunque.errors import InputError
+from yunque.rl.feedback_arguments import FeedbackArguments
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,6 +55,17 @@ def test_the_user_s_own_file_comes_first(tmp_path):
     assert packaged.find_script("dpo") == ROOT / "recipes" / "dpo.py"
     (tmp_path / "ppo_detox_embedded").touch()
     assert packaged.find_config("ppo_detox_embedded") == Path("ppo_detox_embedded")
+
+
+def test_files_that_a_packaged_configuration_names_are_found():
+    config = packaged.find_config("constitutional_stories260k")
+    args = FeedbackArguments(
+        **{name: yaml.safe_load(config.read_text())[name] for name in ("constitution", "dataset_name")}
+    )
+    assert (args.constitution, args.dataset_name) == tuple(
+        str(ROOT / "recipes" / "constitutions" / name) for name in ("english.yaml", "red_team_english.jsonl")
+    )
+    assert FeedbackArguments(dataset_name="org/prompts").dataset_name == "org/prompts"
 
 
 def test_what_is_nowhere_is_said():

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import tiny
 import torch
+from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 from yunque import artifacts
@@ -50,6 +51,17 @@ def test_samples_are_those_of_transformers(exported, prompts):
     assert said("generate", model.source, prompts[0], *options, "--seed", "1") != [wanted]
     one, again, other = (said("generate", model.folder, prompts[0], *options, "--seed", seed) for seed in (1, 1, 2))
     assert one == again != other
+
+
+def test_a_decoder_s_prompt_does_not_end(exported, tmp_path, prompts):
+    model = exported("llama")
+    shutil.copytree(model.source, tmp_path / "llama")
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.save_pretrained(tmp_path / "llama")
+    assert said("generate", tmp_path / "llama", prompts[0]) == [
+        of_transformers(model.model, prompts[0], do_sample=False)
+    ]
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import pytest
 import tiny
 
 from yunque.errors import InputError
-from yunque.models.classifier import encode_pairs, pair_texts
+from yunque.models.arguments import ModelArguments
+from yunque.models.classifier import encode_pairs, load_to_classify, pair_texts
 
 ROWS = datasets.Dataset.from_dict(
     {"prompt": ["w5 w6", "w7"], "chosen": [" w8", " w9 w10 w11"], "rejected": [" w12", " w9 w13 w11"]}
@@ -38,3 +39,13 @@ def test_margins_stay():
 def test_more_tokens_than_the_model_reads_are_refused():
     with pytest.raises(InputError, match="max_length: 600 is more than the 512"):
         encode_pairs(ROWS, tiny.tokenizer(), 600, "response")
+
+
+def test_an_encoder_decoder_under_fsdp_is_refused_before_it_trains(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name in ("t5", "llama"):
+        getattr(tiny, name)().save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    load_to_classify(ModelArguments(model_name_or_path=str(tmp_path / "llama")), tiny.tokenizer(), ["a", "b"])
+    with pytest.raises(InputError, match=r"launch profile fsdp2: reward: .* take zero3"):
+        load_to_classify(ModelArguments(model_name_or_path=str(tmp_path / "t5")), tiny.tokenizer(), ["a", "b"])

@@ -3,6 +3,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
+from yunque.errors import InputError
 from yunque.models.adapter import adapter_for
 from yunque.models.policy import Policy, Reference
 
@@ -73,3 +74,15 @@ def test_values_come_from_the_state_before_each_token():
     scores = policy(policy.adapter.scoring_batch([[3, 4, 5]], [[8, 9, 1]], CPU))
     hidden = model(input_ids=torch.tensor([[3, 4, 5, 8, 9]]), output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(scores.values_BR, policy.v_head.summary(hidden[:, 2:]).squeeze(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_reference_of_weights_that_are_split_and_sharded_is_refused(monkeypatch):
+    layout = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}
+    for name, value in layout.items():
+        monkeypatch.setenv(name, value)
+    model = tiny.llama()
+    policy = Policy(model, adapter_for(model, tiny.tokenizer()))
+    Reference(policy)  # under tp alone it can be had
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "2")
+    with pytest.raises(InputError, match="launch profile fsdp2_tp: rl: the reference cannot be copied"):
+        Reference(policy)

@@ -195,6 +195,8 @@ def _open_torch(folder: str, options: GenerationOptions) -> Stream:
 
     def answer(prompt: str, special_tokens: bool) -> Iterator[str]:
         ids = encode(tokenizer, [prompt], add_special_tokens=special_tokens)
+        if not is_encoder_decoder and ids[0][-1:] == [tokenizer.eos_token_id]:
+            ids[0].pop()  # no prompt of a decoder ends with it, nor did one in training
         torch.manual_seed(options.seed)
         streamer: Any = TextIteratorStreamer(tokenizer, skip_prompt=not is_encoder_decoder, skip_special_tokens=True)
         arguments = {

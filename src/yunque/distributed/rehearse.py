@@ -54,7 +54,7 @@ class Rehearsal:
             raise InputError(f"--ranks {self.ranks}: give 1 or more")
         if self.nodes < 1 or self.ranks % self.nodes:
             raise InputError(f"--nodes {self.nodes}: {self.ranks} ranks do not divide over them")
-        object.__setattr__(self, "script", str(find_script(self.script)))
+        find_script(self.script)
 
 
 @dataclass
@@ -200,7 +200,7 @@ def _run_plain(wanted: Rehearsal, folder: Path) -> dict[str, Any]:
         "CUDA_VISIBLE_DEVICES": "",
     }
     environment = _environment(wanted, folder, _data_ranks(wanted), own_output=True) | profile
-    _wait([_start(["-m", rehearsal.__name__, wanted.script, *wanted.arguments], environment)])
+    _wait([_start(["-m", rehearsal.__name__, str(find_script(wanted.script)), *wanted.arguments], environment)])
     (record,) = _records(folder, 1)
     del record["start_differences"]  # it has nothing to differ from
     return record
@@ -216,7 +216,7 @@ def _run_ranks(wanted: Rehearsal, folder: Path, *, compare: bool) -> list[dict[s
     options = ["--config_file", str(wanted.profile), *wanted.launch_options, *_sizes(wanted)]
     options += ["--num_processes", str(wanted.ranks), "--num_machines", str(wanted.nodes)]
     options += ["--main_process_port", str(port), *(["--main_process_ip", "127.0.0.1"] if wanted.nodes > 1 else [])]
-    script = ["-m", rehearsal.__name__, wanted.script, *wanted.arguments]
+    script = ["-m", rehearsal.__name__, str(find_script(wanted.script)), *wanted.arguments]
     command = ["-m", "yunque.distributed.launch", *options, "--machine_rank"]
     _wait([_start([*command, str(node), *script], environment) for node in range(wanted.nodes)])
     return _records(folder, wanted.ranks)

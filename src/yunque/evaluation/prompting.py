@@ -49,12 +49,12 @@ def prepare(generator: Generator, args: HeldOutArguments, model: str, max_new_to
     Raises:
         InputError: no such data or column; no room for a prompt beside ``max_new_tokens``; no chat template.
     """
-    template, chat, notes = _template(args, model)
+    template, chat, system_prompt, notes = _template(args, model)
     data = args.data(template)
     rows = load_held_out(data, split=args.test_split, max_rows=args.max_test_samples, id_column=args.id_column)
     texts = datasets.Dataset.from_dict({"text": rows.texts} | ({MESSAGES: rows.messages} if rows.messages else {}))
     if chat and not rows.messages:
-        texts = chat_frame(generator.tokenizer, args.system_prompt).wrap(texts, template)
+        texts = chat_frame(generator.tokenizer, system_prompt).wrap(texts, template)
     prepared = prepare_prompts(
         texts,
         generator.tokenizer,
@@ -75,21 +75,24 @@ def prepare(generator: Generator, args: HeldOutArguments, model: str, max_new_to
     return EvaluationPrompts(rows, list(columns["query"]), list(columns["input_ids"]), template, notes)
 
 
-def _template(args: HeldOutArguments, model: str) -> tuple[str, bool, list[str]]:
-    """The template, whether it goes into the chat template, and what was decided for the user."""
+def _template(args: HeldOutArguments, model: str) -> tuple[str, bool, str | None, list[str]]:
+    """The template, whether it goes into the chat template, after which system turn, what was decided for the user."""
     known, config = artifacts.trained_prompt(model)
     chat = bool(config.get("chat_template")) if args.chat_template is None else args.chat_template
     if args.system_prompt is not None and not chat:
         raise InputError("system_prompt: is for chat_template only; add it or leave system_prompt out")
+    trained_so = chat and config.get("chat_template")
+    system_prompt = args.system_prompt or (config.get("system_prompt") if trained_so else None)
     if args.prompt_template is not None:
-        return args.prompt_template, chat, []
+        return args.prompt_template, chat, system_prompt, []
     if known is None:
-        return DataArguments.prompt_template, chat, ["the model names no prompt template: that of the recipes is used"]
+        notes = ["the model names no prompt template: that of the recipes is used"]
+        return DataArguments.prompt_template, chat, system_prompt, notes
     if known.count(TEXT_FIELD) != 1:
         raise InputError(
             f"prompt_template: the model's own has other columns than {TEXT_FIELD} ({known[:60]!r}); give one with it"
         )
-    return known, chat, []
+    return known, chat, system_prompt, []
 
 
 def row_share(batches: Sequence[list[int]], done: set[int], rank: int, num_ranks: int) -> list[int]:

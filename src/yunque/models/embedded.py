@@ -49,7 +49,7 @@ class Embedded:
 
 
 def ensure_embedded(quiet: bool = False, settings: training.EmbeddedSettings = _DEFAULT_SETTINGS) -> Embedded:
-    """Return the embedded default, building it when it is missing or damaged (2 to 4 minutes of one core).
+    """Return the embedded default, building it when it is missing or damaged (four minutes of one slow core).
 
     Several processes may call this at once: one builds, the others wait. The caller's random state and number of
     threads stay as they are. ``quiet`` silences the progress on stderr.
@@ -163,7 +163,7 @@ def _build(folder: Path, settings: training.EmbeddedSettings, quiet: bool) -> No
     """Build into a sibling and rename it to ``folder``: an interrupted build leaves nothing that looks complete."""
     staging = folder.with_name(f"{folder.name}.building")
     shutil.rmtree(staging, ignore_errors=True)  # left by a killed build: the lock says that nobody works on it
-    _say(f"building the embedded corpus and models in {folder} (once, 2 to 4 minutes)", quiet)
+    _say(f"building the embedded corpus and models in {folder} (once, a few minutes)", quiet)
     try:
         with _own_state():
             _build_all(_embedded(staging), settings, quiet)

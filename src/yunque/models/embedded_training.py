@@ -232,9 +232,9 @@ def _optimizers(model: PreTrainedModel, settings: TrainingSettings) -> list[torc
 
 
 class _Muon(torch.optim.Optimizer):
-    """``torch.optim.Muon`` without weight decay, in float32: bfloat16 takes most of a step on CPUs that lack it.
+    """``torch.optim.Muon`` without weight decay, in float32: its bfloat16 takes most of a step on CPUs that lack it.
 
-    It also rounds away what makes two kinds of CPU agree. (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
     """
 
     def __init__(self, parameters: Iterable[Tensor], learning_rate: float) -> None:

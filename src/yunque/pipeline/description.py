@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from yunque.distributed.profiles import profiles
 from yunque.errors import InputError
 from yunque.packaged import find_config, find_file
 
@@ -167,7 +168,7 @@ def _check(pipeline: Pipeline) -> None:
             raise InputError(f"{where}: {{{strange[0]}}} is neither an earlier step nor a variable")
         if step.run not in COMMANDS and not find_file(step.run).is_file():
             raise InputError(f"{where}.run: {step.run}: no such script; start from the repository's root")
-        if step.profile is not None and not find_file(f"launch/{step.profile}.yaml").is_file():
+        if step.profile is not None and step.profile not in profiles():
             raise InputError(f"{where}.profile: launch/{step.profile}.yaml: no such file")
         config = step.options.get("config")
         if config is not None and not find_config(pipeline.fill(step, config)).is_file():

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from yunque import artifacts
-from yunque.packaged import find_config, find_file
+from yunque.distributed.profiles import find_profile
+from yunque.packaged import find_config
 from yunque.pipeline.description import Pipeline, Step
 
 
@@ -44,7 +45,7 @@ def step_fingerprint(pipeline: Pipeline, step: Step, inputs: dict[str, str]) -> 
     options = pipeline.fill(
         step, {"arguments": step.arguments, "options": step.options}, inputs | {step.name: "output"}
     )
-    profile = find_file(f"launch/{step.profile}.yaml") if step.profile else None
+    profile = find_profile(step.profile) if step.profile else None
     own = pipeline.fill(step, {"arguments": step.arguments, "options": step.options})
     return digest(
         {

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from yunque.artifacts import MANIFEST
+from yunque.distributed.profiles import find_profile
 from yunque.errors import EXIT_BAD_INPUT, EXIT_TRY_AGAIN, CheckFailed, InputError, Stopped
 from yunque.packaged import find_file
 from yunque.pipeline.description import Pipeline, Step
@@ -168,7 +169,7 @@ def command_of(pipeline: Pipeline, step: Step, state: State) -> list[str]:
         return [sys.executable, script, *words]
     if "SLURM_JOB_ID" in os.environ:
         return ["slurm/launch.sh", "--profile", step.profile, script, *words]
-    profile = str(find_file(f"launch/{step.profile}.yaml"))
+    profile = str(find_profile(step.profile))
     rehearsal = [] if shutil.which("nvidia-smi") else ["-m", "yunque.distributed.rehearsal"]
     return [
         *(sys.executable, "-m", "yunque.distributed.launch", "--config_file", profile),

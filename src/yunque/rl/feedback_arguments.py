@@ -7,6 +7,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from yunque.errors import InputError
+from yunque.packaged import find_file
 
 PARTS = ("revisions", "preferences")
 
@@ -48,7 +49,10 @@ class FeedbackArguments:
     seed: int = field(default=0, metadata={"help": "Seed of sampling and of the order of equal principles."})
 
     def __post_init__(self) -> None:
-        """Check what can be checked without files."""
+        """Check what can be checked without files; those of ``recipes/`` are found from any folder."""
+        for name in ("constitution", "dataset_name"):
+            if (path := getattr(self, name)) is not None:
+                setattr(self, name, str(find_file(path)))
         unknown = [part for part in self.parts if part not in PARTS]
         if unknown or not self.parts:
             raise InputError(f"parts: {' '.join(unknown) or 'none'}; give {' or '.join(PARTS)}, or both")

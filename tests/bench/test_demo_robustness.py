@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 SPEC = importlib.util.spec_from_file_location(
-    "demo_robustness", Path(__file__).parents[2] / "bench" / "demo_robustness.py"
+    "bench_demo_robustness", Path(__file__).parents[2] / "bench" / "demo_robustness.py"
 )
 bench = sys.modules[SPEC.name] = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(bench)
